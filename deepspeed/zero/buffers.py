@@ -1,0 +1,37 @@
+"""Gradient buffers that are used again.
+
+Note [Buffers on the host]
+Fresh host memory costs a page fault every 4 KiB, more than the copy into it, so on the host buffers are kept
+and handed out again. A device has a caching allocator that does this, and memory kept there would be missing
+from the forward pass, so there they are simply dropped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class BufferPool:
+    """Hand out flat buffers with stale contents; the one who takes a buffer owns it until it is given back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._keep = device.type == "cpu"
+        self._free: list[Tensor] = []
+
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Return a buffer of exactly `numel` elements, from a kept one of at most twice that where there is one."""
+        fitting = [
+            buffer for buffer in self._free if buffer.dtype == dtype and numel <= buffer.numel() <= 2 * numel
+        ]
+        if not fitting:
+            return torch.empty(numel, dtype=dtype, device=self._device)
+        best = min(fitting, key=Tensor.numel)
+        self._free = [buffer for buffer in self._free if buffer is not best]
+        return best[:numel]
+
+    def give(self, buffer: Tensor) -> None:
+        """Take back a buffer that came from `take` and that nobody reads or writes any more."""
+        if self._keep:
+            self._free.append(buffer if buffer._base is None else buffer._base)

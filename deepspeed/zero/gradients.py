@@ -1,0 +1,156 @@
+"""Gradients of one unit on their way from autograd to the optimizer.
+
+    p.grad (autograd)  ->  local   whole, accumulated on this rank       only while nothing may be sent
+                       ->  wire    whole, laid out like the flat         what is reduced
+                       ->  shard   this rank's chunk, summed over ranks  what the optimizer reads
+
+Note [First landing keeps its dtype]
+The first reduction of a step lands in the shard as it came (bf16, say); only a second one makes the shard
+wide (`accumulate`, fp32) and adds. Widening is exact, so the result is that of accumulating in fp32 from the
+start, and without accumulation the optimizer reads half the bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepspeed import comm
+from deepspeed.zero.buffers import BufferPool
+from deepspeed.zero.unit import Unit
+
+
+class UnitGradients:
+    """Collect, reduce and accumulate the gradients of one unit.
+
+    Attributes:
+        missing: parameters that have not yet produced a gradient in the running backward.
+        used: per parameter, whether it produced any gradient on this rank since the last step.
+        shard: this rank's chunk of the summed gradient (dtype: see the note above), or None.
+    """
+
+    def __init__(self, unit: Unit, pool: BufferPool, *, predivide: float) -> None:
+        self.unit = unit
+        self.missing = len(unit.params)
+        self.used = [False] * len(unit.params)
+        self.shard: Tensor | None = None
+        self._pool = pool
+        self._predivide = predivide
+        self._local: Tensor | None = None
+        self._wire: Tensor | None = None  # in flight
+        self._landing: Tensor | None = None  # in flight; the wire itself where this rank holds everything
+        self._work: torch.distributed.Work | None = None
+        self._exposed = False
+
+    def begin_backward(self) -> None:
+        """Expect a gradient of every parameter again."""
+        self.missing = len(self.unit.params)
+        if self._exposed:
+            self._drop_param_grads()
+
+    @property
+    def holds_local(self) -> bool:
+        """Whether gradients wait on this rank that were never reduced."""
+        return self._local is not None
+
+    def keep_local(self) -> None:
+        """Add what autograd produced to the local accumulation, and send nothing."""
+        found = self._take_from_autograd()
+        if self._local is None:
+            self._local = self._pool.take(self.unit.layout.total, self.unit.dtypes.accumulate)
+            self._lay_out(found, self._local)
+        elif found:
+            views = self.unit.views(self._local)
+            torch._foreach_add_([views[index] for index, _ in found], [grad for _, grad in found])
+
+    def start_reduce(self) -> None:
+        """Lay the gradients out on the wire and start summing them over ranks; zeros where there are none."""
+        wire = self._pool.take(self.unit.layout.total, self.unit.dtypes.reduce)
+        if self._local is None:
+            self._lay_out(self._take_from_autograd(), wire)
+        else:
+            self.keep_local()
+            wire.copy_(self._local)
+            self._pool.give(self._local)
+            self._local = None
+        if self._predivide != 1.0:
+            wire.div_(self._predivide)
+        self._send(wire)
+
+    def land(self) -> None:
+        """Wait for the running reduction, if any, and add its result to the shard."""
+        wire, landing = self._wire, self._landing
+        if wire is None or landing is None:
+            return
+        if self._work is not None:
+            self._work.wait()
+        self._wire = self._landing = self._work = None
+        if landing is not wire:
+            self._pool.give(wire)
+        if self.shard is None:
+            self.shard = landing
+            return
+        if self.shard.dtype != self.unit.dtypes.accumulate:
+            narrow = self.shard
+            self.shard = self._pool.take(narrow.numel(), self.unit.dtypes.accumulate).copy_(narrow)
+            self._pool.give(narrow)
+        self.shard.add_(landing)
+        self._pool.give(landing)
+
+    def expose(self) -> None:
+        """Show gradients as ``p.grad`` where this rank holds all of them in the parameters' dtype.
+
+        They are views of the shard: an edit between backward and step counts.
+        """
+        shard = self.shard
+        if shard is None or self.unit.layout.ranks > 1 or shard.dtype != self.unit.flat.dtype:
+            return
+        for param, view, used in zip(self.unit.params, self.unit.views(shard), self.used, strict=True):
+            param.grad = view if used else None
+        self._exposed = True
+
+    def clear(self) -> None:
+        """Forget all gradients and give the buffers back."""
+        self._drop_param_grads()
+        for buffer in (self.shard, self._local):
+            if buffer is not None:
+                self._pool.give(buffer)
+        self.shard = self._local = None
+        self.used = [False] * len(self.used)
+
+    def _drop_param_grads(self) -> None:
+        for param in self.unit.params:
+            param.grad = None
+        self._exposed = False
+
+    def _take_from_autograd(self) -> list[tuple[int, Tensor]]:
+        found = []
+        for index, param in enumerate(self.unit.params):
+            grad = param.grad
+            if grad is not None:
+                found.append((index, grad.to_dense() if grad.is_sparse else grad))
+                param.grad = None
+                self.used[index] = True
+        return found
+
+    def _lay_out(self, found: list[tuple[int, Tensor]], flat: Tensor) -> None:
+        """Write gradients to their places in `flat`, and zeros everywhere else."""
+        views = self.unit.views(flat)
+        if len(found) < len(views):
+            flat.zero_()
+        else:
+            self.unit.zero_gaps(flat)
+        if found:
+            torch._foreach_copy_([views[index] for index, _ in found], [grad for _, grad in found])
+
+    def _send(self, wire: Tensor) -> None:
+        shards, replicas = self.unit.sharding.shard_group, self.unit.sharding.replica_group
+        landing, work = wire, None
+        if shards.size > 1:
+            landing = self._pool.take(self.unit.layout.chunk, self.unit.dtypes.reduce)
+            work = comm.reduce_scatter_single(landing, wire, group=shards.process_group, async_op=True)
+        if replicas.size > 1:
+            if work is not None:
+                work.wait()
+            work = comm.all_reduce(landing, group=replicas.process_group, async_op=True)
+        self._wire, self._landing, self._work = wire, landing, work

@@ -1,0 +1,109 @@
+"""Leaves: what the inner optimizer updates instead of the user's parameters.
+
+An element-wise optimizer gets the contiguous runs of a unit's master shard that belong to one param group,
+as flat tensors; an optimizer that needs whole parameters gets each of them in its own shape (the layout then
+keeps parameters whole). Either way a leaf is a view: updating it updates the master shard.
+
+Note [Leaves are split for unused parameters]
+Plain PyTorch skips a parameter without a gradient: no weight decay, no momentum, no step counted. A run of
+parameters has one gradient, so once a parameter is found to have had none on any rank it gets a leaf of its
+own, with its part of the state, and is skipped like everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspeed.zero.layout import Piece
+from deepspeed.zero.unit import Unit
+
+
+@dataclass(eq=False)
+class Leaf:
+    """A range of one unit's master shard that the optimizer updates as one tensor."""
+
+    unit: Unit
+    group: dict[str, Any] = field(repr=False)
+    pieces: list[Piece]
+    shape: torch.Size | None  # None: flat
+    tensor: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.tensor = self.of(self.unit.master)
+
+    @property
+    def start(self) -> int:
+        return self.pieces[0].shard_start
+
+    @property
+    def stop(self) -> int:
+        return self.pieces[-1].shard_stop
+
+    def of(self, shard: Tensor) -> Tensor:
+        """View this leaf's range of any shard-sized tensor (master, gradient, storage)."""
+        flat = shard[self.start : self.stop]
+        return flat if self.shape is None else flat.view(self.shape)
+
+    @property
+    def out(self) -> Tensor | None:
+        """The storage that mirrors the leaf in low precision, or None where the leaf is the storage."""
+        return None if self.unit.master is self.unit.mine else self.of(self.unit.mine)
+
+
+def make_leaves(unit: Unit, group_of: Sequence[dict[str, Any]], *, whole_parameters: bool) -> list[Leaf]:
+    """Cut a unit's master shard into leaves.
+
+    Args:
+        unit: the unit.
+        group_of: per parameter of the unit, the param group it belongs to.
+        whole_parameters: one leaf per parameter in its shape, instead of flat runs.
+    """
+    pieces = unit.my_pieces()
+    if whole_parameters:
+        return [Leaf(unit, group_of[p.index], [p], unit.params[p.index].shape) for p in pieces]
+    leaves: list[Leaf] = []
+    for piece in pieces:
+        group = group_of[piece.index]
+        if leaves and leaves[-1].group is group:
+            leaves[-1].pieces.append(piece)
+        else:
+            leaves.append(Leaf(unit, group, [piece], None))
+    for leaf in leaves:
+        leaf.__post_init__()
+    return leaves
+
+
+def split_leaf(leaf: Leaf, unused: set[int], state: dict[Tensor, dict[str, Any]]) -> list[Leaf]:
+    """Give each unused parameter of a flat leaf a leaf of its own; what lies between stays together.
+
+    The optimizer's `state` moves along: tensors of the leaf's size are cut, anything else is copied.
+    """
+    parts: list[list[Piece]] = []
+    for piece in leaf.pieces:
+        if parts and piece.index not in unused and parts[-1][-1].index not in unused:
+            parts[-1].append(piece)
+        else:
+            parts.append([piece])
+    if len(parts) == 1:
+        return [leaf]
+    old_state = state.pop(leaf.tensor, None)
+    made = []
+    for part in parts:
+        new = Leaf(leaf.unit, leaf.group, part, None)
+        if old_state is not None:
+            state[new.tensor] = {key: _cut(value, leaf, new) for key, value in old_state.items()}
+        made.append(new)
+    return made
+
+
+def _cut(value: Any, old: Leaf, new: Leaf) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() == old.tensor.numel() and value.dim() == 1:
+        return value[new.start - old.start : new.stop - old.start]
+    return value.clone()

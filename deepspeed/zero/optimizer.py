@@ -1,0 +1,348 @@
+"""ZeroOptimizer: an inner optimizer over master shards, with clipping, overflow and publishing.
+
+One step, in order: land the gradients; one norm over all shards (one all-reduce of a small vector); one
+scale for unscaling, averaging and clipping; update each leaf; spread the updated shards.
+
+Note [One scale, one flag]
+Unscaling, averaging over ranks and clipping are one factor, and "a gradient is not finite" is one flag; both
+are tensors on the device and go into the update itself. The gradients are never rewritten and nothing waits
+for the device, except at the very end of a step that may be skipped: whether it was is a question for the
+host (schedule, loss scale, counters).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed import comm
+from deepspeed.errors import UsageError
+from deepspeed.zero.gradients import UnitGradients
+from deepspeed.zero.leaves import Leaf, make_leaves, split_leaf
+from deepspeed.zero.reducer import Reducer
+from deepspeed.zero.stage import RankGroup
+from deepspeed.zero.unit import Unit
+
+
+class LossScale(Protocol):
+    """What the optimizer needs of a loss scaler (see `deepspeed.precision.loss_scaler`)."""
+
+    scale: float
+    dynamic: bool
+
+    def update(self, overflow: bool, culprit: str | None = None) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepRules:
+    """What happens to gradients at a step.
+
+    Attributes:
+        clip: largest global gradient norm; 0 does not clip.
+        divide_by: what the summed gradients are divided by (ranks for the mean, 1 for the sum).
+        check_finite: skip the step when a gradient is inf or nan.
+    """
+
+    clip: float
+    divide_by: float
+    check_finite: bool
+
+
+class ZeroOptimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` whose groups and state are those of the inner optimizer, on shards.
+
+    Args:
+        inner: the optimizer that updates; the params of its groups are replaced by leaves, in place, so
+            a schedule built on it keeps driving it.
+        reducer: owner of the gradients.
+        data_parallel: the ranks that agree on norms.
+        rules: clipping, averaging, overflow.
+        scaler: loss scale; its `scale` divides the gradients.
+        whole_parameters: give the inner optimizer whole parameters (see `leaves`).
+    """
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        reducer: Reducer,
+        *,
+        data_parallel: RankGroup,
+        rules: StepRules,
+        scaler: LossScale,
+        whole_parameters: bool,
+    ) -> None:
+        self.optimizer = inner
+        self.rules = rules
+        self.loss_scaler = scaler
+        self.overflow = False
+        self._reducer = reducer
+        self._data_parallel = data_parallel
+        self._norm: Tensor | None = None
+        self._hooks_before: OrderedDict[int, Callable] = OrderedDict()
+        self._hooks_after: OrderedDict[int, Callable] = OrderedDict()
+        self._leaves = self._replace_params(whole_parameters)
+        self._fuses = hasattr(inner, "update_leaf")
+
+    def _replace_params(self, whole_parameters: bool) -> dict[Unit, list[Leaf]]:
+        group_of = {id(param): group for group in self.optimizer.param_groups for param in group["params"]}
+        leaves = {
+            gradients.unit: make_leaves(
+                gradients.unit,
+                [group_of[id(param)] for param in gradients.unit.params],
+                whole_parameters=whole_parameters,
+            )
+            for gradients in self._reducer.gradients
+        }
+        self._fill_groups(leaves)
+        return leaves
+
+    def _fill_groups(self, leaves: dict[Unit, list[Leaf]]) -> None:
+        for group in self.optimizer.param_groups:
+            group["params"] = [
+                leaf.tensor for unit_leaves in leaves.values() for leaf in unit_leaves if leaf.group is group
+            ]
+
+    # -- torch.optim.Optimizer ------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's groups, themselves."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's state, by leaf."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's defaults."""
+        return self.optimizer.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: parameters are laid out when the engine is made."""
+        raise UsageError(
+            "add_param_group: parameters are laid out by deepspeed.initialize and cannot be added later; "
+            "pass all of them in model_parameters, or initialize again"
+        )
+
+    def register_step_pre_hook(self, hook: Callable) -> torch.utils.hooks.RemovableHandle:
+        """Call ``hook(optimizer, args, kwargs)`` before each step."""
+        return _register(self._hooks_before, hook)
+
+    def register_step_post_hook(self, hook: Callable) -> torch.utils.hooks.RemovableHandle:
+        """Call ``hook(optimizer, args, kwargs)`` after each step."""
+        return _register(self._hooks_after, hook)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those that wait to be reduced too."""
+        self._reducer.clear()
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Return the inner optimizer's state (this rank's shards) and the loss scaler's."""
+        return {"optimizer": self.optimizer.state_dict(), "loss_scaler": self.loss_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned on the same rank of an equal run."""
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.loss_scaler.load_state_dict(state_dict["loss_scaler"])
+        with torch.no_grad():
+            for unit, leaves in self._leaves.items():
+                for leaf in leaves:
+                    if leaf.out is not None:
+                        leaf.out.copy_(leaf.tensor)
+                unit.publish()
+
+    # -- what callers read ------------------------------------------------------------------------
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor that the next loss is multiplied by."""
+        return self.loss_scaler.scale
+
+    cur_scale = loss_scale
+
+    @property
+    def global_grad_norm(self) -> Tensor | None:
+        """Norm of the averaged gradients of the last step before clipping (0-dim), None before the first."""
+        return self._norm
+
+    @property
+    def units(self) -> list[Unit]:
+        """The units, in registration order."""
+        return list(self._leaves)
+
+    def gradients_of(self, unit: Unit) -> UnitGradients:
+        """Return the gradients of a unit."""
+        return next(gradients for gradients in self._reducer.gradients if gradients.unit is unit)
+
+    def leaves_of(self, unit: Unit) -> list[Leaf]:
+        """Return the leaves of a unit, in the order they lie in its shard."""
+        return self._leaves[unit]
+
+    @property
+    def gradient_divisor(self) -> float:
+        """What the reduced gradients are still to be divided by: loss scale times averaging."""
+        return self.loss_scaler.scale * self.rules.divide_by
+
+    # -- the step ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> bool:  # type: ignore[override]
+        """Update all parameters from the gradients reduced so far, and forget the gradients.
+
+        Returns:
+            Whether the update was applied; False if a gradient was not finite and the step was skipped.
+
+        Raises:
+            UsageError: a closure was passed.
+            LossScaleError: the gradients overflow although the loss scale is at its minimum.
+        """
+        if closure is not None:
+            raise UsageError("optimizer.step: a closure cannot be used; gradients come from engine.backward(loss)")
+        for hook in self._hooks_before.values():
+            hook(self, (), {})
+        self._reducer.flush()
+        active = [gradients for gradients in self._reducer.gradients if gradients.shard is not None]
+        if active:
+            self._update(active)
+        for hook in self._hooks_after.values():
+            hook(self, (), {})
+        return not self.overflow
+
+    def _update(self, active: Sequence[UnitGradients]) -> None:
+        norm, unused = self._agree(active)
+        self._norm = norm / self.gradient_divisor
+        scale = self._step_scale(self._norm)
+        found_inf = (~torch.isfinite(norm)).float() if self.rules.check_finite else None
+        if unused:
+            self._split_unused(unused)
+        if self._fuses:
+            self._update_fused(active, unused, scale, found_inf)
+            self.overflow = found_inf is not None and _read(found_inf)
+        else:
+            self.overflow = found_inf is not None and _read(found_inf)
+            if not self.overflow:
+                self._update_plain(active, unused, scale)
+        self._publish(active)
+        culprit = self._first_non_finite(active) if self.overflow and self.loss_scaler.dynamic else None
+        self._reducer.clear()
+        self.loss_scaler.update(self.overflow, culprit)
+
+    def _agree(self, active: Sequence[UnitGradients]) -> tuple[Tensor, set[nn.Parameter]]:
+        """Return the norm of the summed gradients, and the parameters that had a gradient on no rank.
+
+        One all-reduce carries both. Whether something is unused needs no look at the device where every
+        parameter was used on this rank: then it was used somewhere.
+        """
+        shards = [gradients.shard for gradients in active if gradients.shard is not None]
+        norms = [torch.linalg.vector_norm(shard, dtype=torch.float32) for shard in shards]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        used = [flag for gradients in active for flag in gradients.used]
+        group = self._data_parallel
+        if group.size > 1:
+            replicas = active[0].unit.sharding.replica_group.size
+            flags = torch.tensor(used, dtype=torch.float32, device=norm.device)
+            message = torch.cat([(norm.square() / replicas).reshape(1), flags])
+            comm.all_reduce(message, group=group.process_group)
+            norm = message[0].sqrt()
+            if not all(used):
+                used = (message[1:] > 0).tolist()
+        if all(used):
+            return norm, set()
+        params = [param for gradients in active for param in gradients.unit.params]
+        return norm, {param for param, was_used in zip(params, used, strict=True) if not was_used}
+
+    def _step_scale(self, norm: Tensor) -> Tensor | None:
+        """Combine unscaling, averaging and clipping; None stands for 1."""
+        if self.rules.clip > 0:
+            return (self.rules.clip / (norm + 1e-6)).clamp(max=1.0) / self.gradient_divisor
+        if self.gradient_divisor == 1.0:
+            return None
+        return torch.full((), 1.0 / self.gradient_divisor, device=norm.device)
+
+    def _split_unused(self, unused: set[nn.Parameter]) -> None:
+        for unit, leaves in self._leaves.items():
+            indices = {index for index, param in enumerate(unit.params) if param in unused}
+            if indices and leaves and leaves[0].shape is None:
+                self._leaves[unit] = [
+                    part for leaf in leaves for part in split_leaf(leaf, indices, self.optimizer.state)
+                ]
+        self._fill_groups(self._leaves)
+
+    def _work(self, active: Sequence[UnitGradients], unused: set[nn.Parameter]) -> list[tuple[Leaf, Tensor]]:
+        """Pair every leaf that is to be updated with its gradient."""
+        return [
+            (leaf, leaf.of(gradients.shard))
+            for gradients in active
+            if gradients.shard is not None
+            for leaf in self._leaves[gradients.unit]
+            if not unused or leaf.unit.params[leaf.pieces[0].index] not in unused
+        ]
+
+    def _update_fused(
+        self,
+        active: Sequence[UnitGradients],
+        unused: set[nn.Parameter],
+        scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        update_leaf = self.optimizer.update_leaf  # type: ignore[attr-defined]
+        for leaf, grad in self._work(active, unused):
+            update_leaf(leaf.tensor, leaf.group, grad, out=leaf.out, scale=scale, found_inf=found_inf)
+
+    def _update_plain(
+        self, active: Sequence[UnitGradients], unused: set[nn.Parameter], scale: Tensor | None
+    ) -> None:
+        work = self._work(active, unused)
+        for leaf, grad in work:
+            wide = grad.to(leaf.tensor.dtype)
+            leaf.tensor.grad = wide if scale is None else wide * scale
+        self.optimizer.step()
+        for leaf, _ in work:
+            leaf.tensor.grad = None
+            if leaf.out is not None:
+                leaf.out.copy_(leaf.tensor)
+
+    def _publish(self, active: Sequence[UnitGradients]) -> None:
+        works = [gradients.unit.publish(async_op=True) for gradients in active]
+        for work in works:
+            if work is not None:
+                work.wait()
+
+    def _first_non_finite(self, active: Sequence[UnitGradients]) -> str | None:
+        """Name the first parameter in this rank's shards whose gradient is inf or nan."""
+        for gradients in active:
+            for piece in gradients.unit.my_pieces() if gradients.shard is not None else ():
+                part = gradients.shard[piece.shard_start : piece.shard_stop]  # type: ignore[index]
+                if not bool(torch.isfinite(part).all()):
+                    return gradients.unit.names[piece.index]
+        return None
+
+
+def _read(flag: Tensor) -> bool:
+    """Ask the device for a flag. See Note [One scale, one flag]."""
+    return bool(flag.item())
+
+
+def _register(hooks: OrderedDict[int, Callable], hook: Callable) -> torch.utils.hooks.RemovableHandle:
+    handle = torch.utils.hooks.RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle

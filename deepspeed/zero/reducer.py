@@ -1,0 +1,165 @@
+"""When gradients are ready, and in which order they are reduced.
+
+Note [Order is law]
+Units are reduced in one fixed order, last registered first, in every backward and on every rank. A unit that
+is ready early waits for its turn; a unit that saw no gradient on this rank is reduced with zeros when the
+backward ends. So ranks whose gradients differ (routing, layer drop, an unused branch) issue the same
+collectives and cannot hang.
+
+Note [Backward inside backward]
+A reentrant checkpoint runs a backward of its own inside the outer one, and a parameter that several
+checkpoints share gets a gradient in each. A gradient that arrives from an inner backward is therefore not
+known to be complete, and such a backward reduces everything when its outermost part ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from deepspeed.zero.buffers import BufferPool
+from deepspeed.zero.gradients import UnitGradients
+from deepspeed.zero.unit import Unit
+
+
+class Reducer:
+    """Drive the gradients of all units through each backward.
+
+    Args:
+        units: in registration order; the same on every rank.
+        device: of the flats.
+        predivide: divisor applied before a reduction (the rest of the mean is part of the step's scale).
+        in_flight: reductions that may run at once; 1 waits for each before the next (no overlap).
+
+    Attributes:
+        sync: whether the next backward reduces (False: it accumulates on this rank only).
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], device: torch.device, *, predivide: float = 1.0, in_flight: int = 2
+    ) -> None:
+        pool = BufferPool(device)
+        self.gradients = [UnitGradients(unit, pool, predivide=predivide) for unit in units]
+        self.sync = True
+        self._order = list(reversed(self.gradients))
+        self._turn = 0
+        self._landed = 0
+        self._in_flight = in_flight
+        self._task: int | None = None  # autograd's number of the outermost running backward
+        self._eager = True
+        self._arrived_any = False
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(partial(self._arrived, gradients))
+            for gradients in self.gradients
+            for param in gradients.unit.params
+        ]
+
+    def watch(self, output: Tensor) -> None:
+        """See the start of any backward that runs through `output`, whoever calls it."""
+        output.register_hook(self._output_reached)
+
+    def begin(self) -> None:
+        """Open a backward; `end` closes it."""
+        self._turn = self._landed = 0
+        self._eager = True
+        self._arrived_any = False
+        self._task = -1
+        for gradients in self.gradients:
+            gradients.begin_backward()
+
+    def end(self) -> None:
+        """Close the backward: reduce or keep every unit that had no turn yet, and land them all."""
+        self._task = None
+        while self._turn < len(self._order):
+            self._take_turn()
+        while self._landed < self._turn:
+            self._land_next()
+        for gradients in self.gradients:
+            if gradients.missing < 0:  # a second gradient came after the unit's turn; it goes with the next
+                gradients.keep_local()
+            if self.sync:
+                gradients.expose()
+
+    def abort(self) -> None:
+        """Drop a backward that raised, with the gradients it left."""
+        self._task = None
+        while self._landed < self._turn:
+            self._land_next()
+        self.clear()
+
+    def flush(self) -> None:
+        """Reduce what earlier backwards kept on this rank."""
+        if any(gradients.holds_local for gradients in self.gradients):
+            self.sync = True
+            self.begin()
+            self.end()
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        for gradients in self.gradients:
+            gradients.clear()
+
+    def detach(self) -> None:
+        """Remove the hooks from the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    @property
+    def running(self) -> bool:
+        """Whether a backward is open."""
+        return self._task is not None
+
+    def _output_reached(self, _grad: Tensor) -> None:
+        """Open a backward that the user started with ``loss.backward()``, in the outermost graph task."""
+        if self._task is None:
+            self.begin()
+            self._close_with_task()
+        if self._task == -1:
+            self._task = torch._C._current_graph_task_id()
+
+    def _close_with_task(self) -> None:
+        self._task = torch._C._current_graph_task_id()
+        Variable._execution_engine.queue_callback(self._end_implicit)
+
+    def _end_implicit(self) -> None:
+        if self._arrived_any:
+            self.end()
+        else:  # torch.autograd.grad: nothing was accumulated, here or on any other rank
+            self._task = None
+
+    def _arrived(self, gradients: UnitGradients, param: nn.Parameter) -> None:
+        if not getattr(param, "ds_grad_is_ready", True):
+            return
+        if self._task is None:
+            self.begin()
+            self._close_with_task()
+        self._arrived_any = True
+        task = torch._C._current_graph_task_id()
+        if self._task == -1:
+            self._task = task
+        elif task != self._task:
+            self._eager = False  # see Note [Backward inside backward]
+        gradients.missing -= 1
+        if self._eager:
+            while self._turn < len(self._order) and self._order[self._turn].missing <= 0:
+                self._take_turn()
+
+    def _take_turn(self) -> None:
+        gradients = self._order[self._turn]
+        self._turn += 1
+        if not self.sync:
+            gradients.keep_local()
+            self._landed += 1
+            return
+        gradients.start_reduce()
+        while self._turn - self._landed >= self._in_flight:
+            self._land_next()
+
+    def _land_next(self) -> None:
+        self._order[self._landed].land()
+        self._landed += 1
