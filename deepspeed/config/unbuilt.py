@@ -1,0 +1,134 @@
+"""What this release parses and checks but does not have: asking for it is refused, never ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from deepspeed.config.base import shown
+from deepspeed.config.root import DeepSpeedConfig
+from deepspeed.config.tree import lookup
+from deepspeed.errors import NotBuiltError
+
+UNBUILT_OPTIMIZERS = ("onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "musgd")
+
+
+@dataclass(frozen=True)
+class Unbuilt:
+    """A key, the values of it that ask for something, and what that is."""
+
+    path: str
+    feature: str
+    asks: Callable[[Any], bool] = bool
+    way_out: str = "remove the key or turn it off"
+
+
+def _offloads(device: Any) -> bool:
+    return device not in (None, "none")
+
+
+def _above(low: int) -> Callable[[Any], bool]:
+    return lambda value: value is not None and value > low
+
+
+def _given(value: Any) -> bool:
+    return value is not None
+
+
+def _is(answer: bool) -> Callable[[Any], bool]:
+    return lambda value: value is answer
+
+
+def _techniques() -> list[Unbuilt]:
+    names = ("weight_quantization", "activation_quantization", "sparse_pruning")
+    names += ("row_pruning", "head_pruning", "channel_pruning")
+    return [
+        Unbuilt(f"compression_training.{name}.shared_parameters.enabled", "compression") for name in names
+    ]
+
+
+ZERO = "zero_optimization"
+TABLE = [
+    Unbuilt(f"{ZERO}.stage", "sharding of parameters (stage 3)", _above(2), "use stage 0, 1 or 2"),
+    Unbuilt(f"{ZERO}.offload_param.device", "offload", _offloads),
+    Unbuilt(f"{ZERO}.offload_optimizer.device", "offload", _offloads),
+    Unbuilt(f"{ZERO}.offload_optimizer.super_offload", "SuperOffload"),
+    Unbuilt(f"{ZERO}.zenflow", "ZenFlow", _given),
+    Unbuilt(f"{ZERO}.zero_hpz_partition_size", "hpZ", _above(1)),
+    Unbuilt(f"{ZERO}.zero_quantized_weights", "quantised gathers"),
+    Unbuilt(f"{ZERO}.zero_quantized_nontrainable_weights", "quantised frozen weights"),
+    Unbuilt(f"{ZERO}.zero_quantized_gradients", "quantised reductions"),
+    Unbuilt(f"{ZERO}.zeropp_loco_param", "error feedback of quantised reductions", _given),
+    Unbuilt(f"{ZERO}.mics_shard_size", "MiCS", _above(0)),
+    Unbuilt(
+        "optimizer.type",
+        "this optimizer",
+        lambda name: isinstance(name, str) and name.lower() in UNBUILT_OPTIMIZERS,
+        "use Adam, AdamW or Lamb",
+    ),
+    *(
+        Unbuilt(f"activation_checkpointing.{name}", "this kind of activation checkpointing")
+        for name in (
+            "partition_activations",
+            "cpu_checkpointing",
+            "contiguous_memory_optimization",
+            "synchronize_checkpoint_boundary",
+            "profile",
+        )
+    ),
+    Unbuilt("flops_profiler.enabled", "the flops profiler"),
+    Unbuilt("checkpoint.load_universal", "loading the original's universal format"),
+    Unbuilt("checkpoint.parallel_write.pipeline_stage", "shared writing of a pipe stage"),
+    Unbuilt("checkpoint.checkpoint_serialization", "torch's old file format", _is(False)),
+    Unbuilt("checkpoint.writer", "another checkpoint writer", _given),
+    Unbuilt("nebula.enabled", "Nebula"),
+    Unbuilt("datastates_ckpt", "DataStates", lambda value: value is not False),
+    Unbuilt("sequence_parallel_size", "sequence parallelism", _above(1)),
+    Unbuilt("use_data_before_expert_parallelism", "expert parallelism"),
+    Unbuilt("graph_harvesting", "CUDA graphs of the step"),
+    Unbuilt("tensor_parallel.autotp_size", "tensor parallelism", _above(1)),
+    Unbuilt("tensor_parallel.tensor_parallel.tp_size", "tensor parallelism", _above(1)),
+    Unbuilt("expert_parallel.enabled", "expert parallelism"),
+    Unbuilt("pipeline.activation_checkpoint_interval", "pipeline parallelism", _above(0)),
+    Unbuilt("compile.deepcompile", "graph passes", way_out="call engine.compile without it"),
+    Unbuilt("compile.passes", "graph passes", way_out="call engine.compile without them"),
+    Unbuilt("compile.offload_activation", "graph passes"),
+    Unbuilt("compile.offload_opt_states", "graph passes"),
+    Unbuilt("compile.offload_parameters", "graph passes"),
+    Unbuilt("compile.free_activation", "graph passes"),
+    Unbuilt("compile.symmetric_memory", "graph passes"),
+    Unbuilt("aio.use_gds", "GPUDirect Storage"),
+    Unbuilt("hybrid_engine.enabled", "the hybrid engine"),
+    Unbuilt("weight_quantization.enabled", "weight quantisation"),
+    Unbuilt("data_efficiency.data_sampling.curriculum_learning.enabled", "curriculum sampling"),
+    Unbuilt("data_efficiency.data_sampling.dynamic_batching.enabled", "dynamic batching"),
+    Unbuilt("data_efficiency.data_routing.random_ltd.enabled", "random token dropping"),
+    Unbuilt("curriculum_learning.enabled", "the sequence-length curriculum"),
+    Unbuilt("progressive_layer_drop.enabled", "progressive layer drop"),
+    Unbuilt("compression_training.layer_reduction.enabled", "compression"),
+    *_techniques(),
+    Unbuilt("quantize_training.eigenvalue.enabled", "quantised training"),
+    Unbuilt("autotuning.enabled", "autotuning"),
+    Unbuilt("elasticity.enabled", "elastic batch sizes"),
+    Unbuilt("sparse_attention.mode", "sparse attention", lambda mode: mode not in (None, "dense")),
+]
+
+
+def asked(config: DeepSpeedConfig) -> list[Unbuilt]:
+    """Return the rows of the table that `config` asks for."""
+    return [row for row in TABLE if row.asks(lookup(config, row.path))]
+
+
+def refuse_unbuilt(config: DeepSpeedConfig) -> None:
+    """Raise NotBuiltError with one line for each feature `config` asks for that does not exist yet."""
+    lines = [
+        f"{row.path}: got {shown(_plain(lookup(config, row.path)))}, but {row.feature} is not built yet; {row.way_out}"
+        for row in asked(config)
+    ]
+    if lines:
+        raise NotBuiltError("\n".join(lines))
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(exclude_unset=True) if hasattr(value, "model_dump") else value
