@@ -14,7 +14,7 @@ known to be complete, and such a backward reduces everything when its outermost 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -37,6 +37,7 @@ class Reducer:
 
     Attributes:
         sync: whether the next backward reduces (False: it accumulates on this rank only).
+        on_implicit_backward: called when a backward starts that nobody announced with `begin`.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Reducer:
         pool = BufferPool(device)
         self.gradients = [UnitGradients(unit, pool, predivide=predivide) for unit in units]
         self.sync = True
+        self.on_implicit_backward: Callable[[], None] = lambda: None
         self._order = list(reversed(self.gradients))
         self._turn = 0
         self._landed = 0
@@ -117,12 +119,13 @@ class Reducer:
     def _output_reached(self, _grad: Tensor) -> None:
         """Open a backward that the user started with ``loss.backward()``, in the outermost graph task."""
         if self._task is None:
-            self.begin()
-            self._close_with_task()
+            self._begin_implicit()
         if self._task == -1:
             self._task = torch._C._current_graph_task_id()
 
-    def _close_with_task(self) -> None:
+    def _begin_implicit(self) -> None:
+        self.on_implicit_backward()
+        self.begin()
         self._task = torch._C._current_graph_task_id()
         Variable._execution_engine.queue_callback(self._end_implicit)
 
@@ -136,8 +139,7 @@ class Reducer:
         if not getattr(param, "ds_grad_is_ready", True):
             return
         if self._task is None:
-            self.begin()
-            self._close_with_task()
+            self._begin_implicit()
         self._arrived_any = True
         task = torch._C._current_graph_task_id()
         if self._task == -1:

@@ -15,18 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed import comm
+from deepspeed.precision.policy import ParamDtypes
 from deepspeed.zero.layout import Layout, Piece
 from deepspeed.zero.stage import Sharding
-
-
-@dataclass(frozen=True)
-class UnitDtypes:
-    """Number formats of one unit (see `deepspeed.precision.policy`)."""
-
-    storage: torch.dtype
-    reduce: torch.dtype
-    accumulate: torch.dtype
-    master: torch.dtype
 
 
 class Unit:
@@ -49,7 +40,7 @@ class Unit:
         named: Sequence[tuple[str, nn.Parameter]],
         layout: Layout,
         sharding: Sharding,
-        dtypes: UnitDtypes,
+        dtypes: ParamDtypes,
         device: torch.device,
     ) -> None:
         self.names = [name for name, _ in named]
@@ -65,6 +56,7 @@ class Unit:
         if dtypes.master != dtypes.storage:
             self.master = given[rank * chunk : (rank + 1) * chunk].to(dtypes.master, copy=True)
         for index, (param, view) in enumerate(zip(self.params, self.views(self.flat), strict=True)):
+            param.grad = None
             param.data = view
             param.ds_slot = Slot(self, index)  # type: ignore[attr-defined]
 
@@ -108,7 +100,13 @@ class Unit:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter is found: its unit and its index there (kept on the parameter as ``ds_slot``)."""
+    """Where a parameter is found: its unit and its index there (kept on the parameter as ``ds_slot``).
+
+    A pickled parameter leaves its unit behind.
+    """
 
     unit: Unit
     index: int
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()

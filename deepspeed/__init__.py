@@ -1,0 +1,59 @@
+"""DeepSpeed's API for today's PyTorch: train very large models on the hardware at hand.
+
+    engine, optimizer, loader, scheduler = deepspeed.initialize(model=model, config="ds_config.json")
+    loss = engine(batch)
+    engine.backward(loss)
+    engine.step()
+
+Note [Lazy door]
+Names are imported when they are first used, from the table below, so that ``import deepspeed`` costs little
+and touches no device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from deepspeed.version import __version__
+
+if TYPE_CHECKING:
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.arguments import add_config_arguments
+    from deepspeed.comm import init_distributed
+    from deepspeed.config import DeepSpeedConfig
+    from deepspeed.engine.engine import DeepSpeedEngine
+    from deepspeed.engine.initialize import initialize
+
+version = __version__
+
+_NAMES = {
+    "initialize": "deepspeed.engine.initialize",
+    "DeepSpeedEngine": "deepspeed.engine.engine",
+    "DeepSpeedConfig": "deepspeed.config",
+    "add_config_arguments": "deepspeed.arguments",
+    "init_distributed": "deepspeed.comm",
+    "get_accelerator": "deepspeed.accelerator",
+    "logger": "deepspeed.common.logging",
+    "log_dist": "deepspeed.common.logging",
+}
+_MODULES = frozenset({"accelerator", "comm", "ops", "runtime", "utils", "monitor", "launcher", "git_version_info"})
+
+__all__ = [
+    "DeepSpeedConfig",
+    "DeepSpeedEngine",
+    "__version__",
+    "add_config_arguments",
+    "get_accelerator",
+    "init_distributed",
+    "initialize",
+    "version",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"deepspeed.{name}")
+    raise AttributeError(f"module 'deepspeed' has no attribute {name!r}")

@@ -1,0 +1,262 @@
+"""From configuration to parts: the only place that reads it. Below here parts get values.
+
+    model + config -> policy, sharding -> inner optimizer -> units -> reducer -> ZeroOptimizer -> schedule
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
+from deepspeed.config import DeepSpeedConfig
+from deepspeed.config.batch import BatchSizes
+from deepspeed.data import DeepSpeedDataLoader
+from deepspeed.engine.feature import Feature
+from deepspeed.engine.features import make_features
+from deepspeed.engine.optimizers import choose_optimizer, leaf_kind
+from deepspeed.errors import ConfigError
+from deepspeed.precision.loss_scaler import create_loss_scaler
+from deepspeed.precision.policy import PrecisionPolicy, dtype_named, lowered_parameters
+from deepspeed.schedules import build_scheduler
+from deepspeed.zero.optimizer import StepRules, ZeroOptimizer
+from deepspeed.zero.partition import make_units
+from deepspeed.zero.reducer import Reducer
+from deepspeed.zero.stage import RankGroup, Sharding, sharding_for_stage
+
+
+@dataclass
+class EngineParts:
+    """Everything an engine is made of."""
+
+    module: nn.Module
+    settings: DeepSpeedConfig
+    batch: BatchSizes
+    policy: PrecisionPolicy
+    sharding: Sharding
+    data_parallel: RankGroup
+    device: torch.device
+    optimizer: ZeroOptimizer | None
+    reducer: Reducer | None
+    lr_scheduler: Any
+    training_dataloader: Any
+    make_loader: Callable[..., Any]
+    features: list[Feature]
+    mpu: Any
+
+
+def build_parts(
+    module: nn.Module,
+    settings: DeepSpeedConfig,
+    *,
+    data_parallel: RankGroup,
+    client_optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None,
+    model_parameters: Iterable[Any] | None,
+    client_scheduler: Any,
+    training_data: Any,
+    collate_fn: Callable[..., Any] | None,
+    mpu: Any,
+) -> EngineParts:
+    """Build an engine's parts.
+
+    Args:
+        module: the model, anywhere, in any dtype; it is moved and cast in place.
+        settings: the validated configuration.
+        data_parallel: ranks that share the batch.
+        client_optimizer: the user's optimizer instance, or a callable that makes one from parameters.
+        model_parameters: tensors or param groups to train; None: all that require grad.
+        client_scheduler: the user's schedule, or a callable that makes one from the optimizer.
+        training_data: dataset for `training_dataloader`, or None.
+        collate_fn: passed to the loader.
+        mpu: the user's model-parallel unit; kept for callers.
+    """
+    device = torch.device(get_accelerator().current_device_name())
+    policy = precision_policy(settings, module)
+    sharding = sharding_for_stage(int(settings.zero_optimization.stage), data_parallel)
+    inner = choose_optimizer(module, settings, client_optimizer, model_parameters)
+    optimizer = reducer = None
+    if inner is not None:
+        reducer, optimizer = _shard(module, inner, settings, policy, sharding, data_parallel, device)
+    _place_rest(module, policy, data_parallel, device, dtype_of_buffers(settings))
+    make_loader = partial(
+        _make_loader, settings=settings, data_parallel=data_parallel, collate_fn=collate_fn, device=device
+    )
+    loader = None if training_data is None else make_loader(training_data, settings.batch.micro)
+    return EngineParts(
+        module=module,
+        settings=settings,
+        batch=settings.batch,
+        policy=policy,
+        sharding=sharding,
+        data_parallel=data_parallel,
+        device=device,
+        optimizer=optimizer,
+        reducer=reducer,
+        lr_scheduler=_schedule(settings, client_scheduler, optimizer),
+        training_dataloader=loader,
+        make_loader=make_loader,
+        features=make_features(settings, data_parallel),
+        mpu=mpu,
+    )
+
+
+def precision_policy(settings: DeepSpeedConfig, module: nn.Module) -> PrecisionPolicy:
+    """Turn the precision sections into a policy."""
+    fp16, bf16, autocast = settings.fp16, settings.bf16, settings.torch_autocast
+    storage = torch.float16 if fp16.enabled else torch.bfloat16 if bf16.enabled else None
+    low_master = (fp16.enabled and fp16.fp16_master_weights_and_grads) or (
+        bf16.enabled and bf16.bf16_master_weights_and_grads
+    )
+    cast_dtype = dtype_named(autocast.dtype or "bf16") if autocast.enabled else None
+    accumulate = settings.data_types.grad_accum_dtype
+    reduce = settings.communication_data_type
+    return PrecisionPolicy(
+        storage=storage,
+        autocast=cast_dtype,
+        reduce=dtype_named(reduce) if reduce else None,
+        accumulate=dtype_named(accumulate) if accumulate else (storage if low_master else None),
+        master=storage if low_master else None,
+        lowered=(
+            lowered_parameters(module, autocast.lower_precision_safe_modules)
+            if autocast.enabled
+            else frozenset()
+        ),
+        loss_scaled=bool(fp16.enabled) or cast_dtype is torch.float16,
+        cast_inputs=storage is not None and not (fp16.enabled and fp16.auto_cast is False),
+    )
+
+
+def dtype_of_buffers(settings: DeepSpeedConfig) -> torch.dtype | None:
+    """The dtype floating-point buffers are cast to; None leaves them."""
+    name = settings.data_types.buffer_dtype
+    return dtype_named(name) if name else None
+
+
+def _shard(
+    module: nn.Module,
+    inner: torch.optim.Optimizer,
+    settings: DeepSpeedConfig,
+    policy: PrecisionPolicy,
+    sharding: Sharding,
+    data_parallel: RankGroup,
+    device: torch.device,
+) -> tuple[Reducer, ZeroOptimizer]:
+    group_index = {
+        id(param): index for index, group in enumerate(inner.param_groups) for param in group["params"]
+    }
+    named = [pair for pair in module.named_parameters() if id(pair[1]) in group_index]
+    _check_all_named(inner, named)
+    whole_parameters = leaf_kind(inner, sharding) == "whole"
+    zero = settings.zero_optimization
+    units = make_units(
+        named,
+        sharding,
+        policy,
+        group_index=group_index,
+        whole_parameters=whole_parameters,
+        max_numel=zero.reduce_bucket_size,
+        device=device,
+    )
+    mean = settings.gradient_allreduce_op.lower() == "mean"
+    predivide = 1.0
+    if mean:
+        predivide = data_parallel.size if settings.prescale_gradients else settings.gradient_predivide_factor
+    reducer = Reducer(units, device, predivide=predivide, in_flight=1 if zero.overlap_comm is False else 2)
+    scaler = create_loss_scaler(settings.fp16, enabled=policy.loss_scaled)
+    rules = StepRules(
+        clip=settings.gradient_clipping,
+        divide_by=(data_parallel.size if mean else 1) / predivide,
+        check_finite=policy.loss_scaled or (bool(settings.bf16.enabled) and settings.bf16.check_grad_overflow),
+    )
+    optimizer = ZeroOptimizer(
+        inner,
+        reducer,
+        data_parallel=data_parallel,
+        rules=rules,
+        scaler=scaler,
+        whole_parameters=whole_parameters,
+    )
+    return reducer, optimizer
+
+
+def _check_all_named(inner: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]]) -> None:
+    known = {id(param) for _, param in named}
+    for index, group in enumerate(inner.param_groups):
+        for param in group["params"]:
+            if id(param) not in known:
+                raise ConfigError(
+                    f"optimizer: expected parameters of the model, got a tensor of shape {tuple(param.shape)} in "
+                    f"param group {index} that the model does not have; build the optimizer after the model"
+                )
+
+
+def _place_rest(
+    module: nn.Module,
+    policy: PrecisionPolicy,
+    data_parallel: RankGroup,
+    device: torch.device,
+    buffer_dtype: torch.dtype | None,
+) -> None:
+    """Move and cast what is in no unit (frozen parameters, buffers), and make it equal on all ranks."""
+    rest: list[torch.Tensor] = []
+    for param in module.parameters():
+        if not hasattr(param, "ds_slot"):
+            dtype = policy.storage if policy.storage is not None and param.is_floating_point() else param.dtype
+            param.data = param.data.to(device=device, dtype=dtype)
+            rest.append(param.data)
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            dtype = buffer_dtype if buffer_dtype is not None and buffer.is_floating_point() else buffer.dtype
+            moved = buffer.to(device=device, dtype=dtype)
+            if moved is not buffer:
+                owner._buffers[name] = moved
+            rest.append(moved)
+    if data_parallel.size > 1:
+        for tensor in rest:
+            if tensor.numel() > 0:
+                comm.broadcast(tensor, src=data_parallel.first_rank, group=data_parallel.process_group)
+
+
+def _schedule(settings: DeepSpeedConfig, client: Any, optimizer: ZeroOptimizer | None) -> Any:
+    """Take the user's schedule, or make the configured one; without an optimizer there is nothing to schedule."""
+    if optimizer is None:
+        return None
+    if client is not None:
+        return client if hasattr(client, "step") else client(optimizer)
+    section = settings.scheduler
+    if section is None or section.type is None:
+        return None
+    return build_scheduler(section.type, dict(section.params or {}), optimizer)
+
+
+def _make_loader(
+    dataset: Any,
+    batch_size: int | None,
+    *,
+    settings: DeepSpeedConfig,
+    data_parallel: RankGroup,
+    collate_fn: Callable[..., Any] | None,
+    device: torch.device,
+    **options: Any,
+) -> DeepSpeedDataLoader:
+    if batch_size is None:
+        raise ConfigError(
+            "train_micro_batch_size_per_gpu: a data loader needs a number, and it is \"auto\" until the first "
+            "batch; set it in the configuration"
+        )
+    return DeepSpeedDataLoader(
+        dataset,
+        batch_size,
+        collate_fn=options.pop("collate_fn", None) or collate_fn,
+        drop_last=settings.dataloader_drop_last,
+        rank=data_parallel.rank,
+        world_size=data_parallel.size,
+        pin_memory=device.type != "cpu",
+        **options,
+    )

@@ -1,0 +1,314 @@
+"""DeepSpeedEngine: forward, backward, step around a user's module.
+
+One training step:
+
+    loss = engine(batch)      inputs moved and cast | module | outputs watched for any backward through them
+    engine.backward(loss)     scaled by accumulation and loss scale -> autograd -> Reducer
+    engine.step()             acts at the accumulation boundary: ZeroOptimizer.step -> schedule -> counters
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.common.logging import announce, logger
+from deepspeed.engine.accessors import EngineAccessors
+from deepspeed.engine.feature import Feature
+from deepspeed.engine.inputs import InputRules, tensors_in
+from deepspeed.engine.watch import OutputWatch
+from deepspeed.engine.weights import WeightSaving
+from deepspeed.errors import ConfigError, NotBuiltError, UsageError
+
+if TYPE_CHECKING:
+    from deepspeed.config import DeepSpeedConfig
+    from deepspeed.config.batch import BatchSizes
+    from deepspeed.engine.build import EngineParts
+
+
+class DeepSpeedEngine(WeightSaving, EngineAccessors):
+    """A module that trains: made by `deepspeed.initialize`, used like the module it wraps.
+
+    Attributes that the module has and the engine has not are the module's.
+
+    Attributes:
+        module: the user's module; its parameters are views of the engine's flats.
+        optimizer: the `ZeroOptimizer`, or None where there is nothing to train.
+        lr_scheduler: the schedule that `step` advances; may be set to None.
+        training_dataloader: loader over `training_data`, or None.
+        config: the configuration as the user gave it.
+        settings: the configuration, typed.
+        global_steps: optimizer steps taken, skipped ones included.
+        micro_steps: micro-batches seen (calls of `step`).
+        global_samples: samples seen over all ranks.
+        skipped_steps: optimizer steps skipped for a gradient that was not finite.
+    """
+
+    def __init__(self, parts: EngineParts) -> None:
+        super().__init__()
+        self.module: nn.Module = parts.module
+        self.settings: DeepSpeedConfig = parts.settings
+        self.config: Any = parts.settings.raw
+        self.batch: BatchSizes = parts.batch
+        self.policy = parts.policy
+        self.data_parallel = parts.data_parallel
+        self.device = parts.device
+        self.optimizer = parts.optimizer
+        self.lr_scheduler = parts.lr_scheduler
+        self.training_dataloader = parts.training_dataloader
+        self.mpu = parts.mpu
+        self.global_steps = self.micro_steps = self.global_samples = self.skipped_steps = 0
+        self._reducer = parts.reducer
+        self._sharding = parts.sharding
+        self._features: list[Feature] = parts.features
+        self._make_loader: Callable[..., Any] = parts.make_loader
+        self._inputs = InputRules(parts.device, parts.policy.storage if parts.policy.cast_inputs else None)
+        self._boundary: bool | None = None
+        self._no_sync = False
+        self._scaled = False
+        self._step_applied = False
+        if self._reducer is not None:
+            self._reducer.on_implicit_backward = self._check_scaled
+        self._watch_hook = self.module.register_forward_hook(OutputWatch(self))
+
+    # -- forward ----------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the module on inputs moved to the engine's device and cast to the dtype it computes in."""
+        if self.batch.micro is None:
+            self._complete_batch((inputs, kwargs))
+        for feature in self._features:
+            feature.forward_start(self)
+        inputs = tuple(self._inputs.apply(value) for value in inputs)
+        kwargs = {key: self._inputs.apply(value) for key, value in kwargs.items()}
+        with self._autocast():
+            output = self.module(*inputs, **kwargs)
+        for feature in self._features:
+            feature.forward_end(self)
+        return output
+
+    def _autocast(self) -> Any:
+        if self.policy.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.policy.autocast)
+
+    def _complete_batch(self, inputs: Any) -> None:
+        """Resolve an "auto" micro-batch from the leading dimension of the first batch."""
+        first = next((tensor for tensor in tensors_in(inputs) if tensor.dim() > 0), None)
+        if first is None:
+            raise ConfigError(
+                'train_micro_batch_size_per_gpu: "auto" is read from the first tensor given to forward, and '
+                "there was none; set it in the configuration"
+            )
+        self.batch = self.batch.complete(micro=first.shape[0])
+        announce(f"batch sizes from the first batch: {self.batch}")
+
+    def watch_outputs(self, output: Any) -> None:
+        """See any backward through the outputs, so that a plain ``loss.backward()`` is reduced too."""
+        if self._reducer is None or not torch.is_grad_enabled():
+            return
+        self._prepare_reduction()
+        for tensor in tensors_in(output):
+            if tensor.requires_grad:
+                self._reducer.watch(tensor)
+
+    # -- backward ---------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """Compute gradients of `loss` and reduce them as the stage says.
+
+        Args:
+            loss: 0-dim tensor, the mean over this rank's micro-batch.
+            retain_graph: keep the graph for another backward.
+            scale_wrt_gas: divide by the accumulation steps, so that the step sees the mean over them.
+
+        Returns:
+            The loss divided by the accumulation steps (not by the loss scale).
+
+        Raises:
+            UsageError: there is no optimizer, or `loss` is not a scalar that requires grad.
+        """
+        optimizer, reducer = self._training_parts("backward")
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise UsageError(
+                "engine.backward: expected a tensor of one element that requires grad, got "
+                + (f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor)
+                   else type(loss).__name__)
+            )
+        for feature in self._features:
+            feature.backward_start(self, loss)
+        steps = self.gradient_accumulation_steps() if scale_wrt_gas else 1
+        loss = loss if steps == 1 else loss / steps
+        self._prepare_reduction()
+        reducer.begin()
+        try:
+            scaled = loss if optimizer.loss_scale == 1.0 else loss.float() * optimizer.loss_scale
+            scaled.backward(retain_graph=retain_graph)
+        except BaseException:
+            reducer.abort()
+            raise
+        reducer.end()
+        for feature in self._features:
+            feature.backward_end(self)
+        return loss
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """Multiply a loss by the loss scale, for a ``backward()`` called on the result itself."""
+        optimizer, _ = self._training_parts("scale")
+        self._scaled = True
+        return loss.float() * optimizer.loss_scale
+
+    def _check_scaled(self) -> None:
+        """Refuse an fp16 ``loss.backward()`` whose loss nobody scaled: its gradients would vanish."""
+        scaled, self._scaled = self._scaled, False
+        if self.policy.loss_scaled and not scaled:
+            raise UsageError(
+                "loss.backward: fp16 gradients need a scaled loss; call engine.backward(loss), or "
+                "engine.scale(loss).backward()"
+            )
+
+    def _prepare_reduction(self) -> None:
+        """Tell the reducer whether the next backward is reduced or kept on this rank."""
+        if self._reducer is not None and not self._reducer.running:
+            due = self._sharding.reduce_every_backward or self.is_gradient_accumulation_boundary()
+            self._reducer.sync = due and not self._no_sync
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Keep gradients on this rank; the first backward or step after it reduces them. Any stage."""
+        before, self._no_sync = self._no_sync, True
+        try:
+            yield
+        finally:
+            self._no_sync = before
+
+    # -- step -------------------------------------------------------------------------------------
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the running micro-batch is the last one before an update."""
+        if self._boundary is not None:
+            return self._boundary
+        if not self.settings.managed_gradient_accumulation:
+            return True
+        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Decide, instead of the counter, whether the running micro-batch is the last; holds until set again."""
+        self._boundary = is_boundary
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """Count a micro-batch; at the accumulation boundary update the parameters and advance the schedule.
+
+        Args:
+            lr_kwargs: passed to the schedule's ``step``.
+        """
+        self._training_parts("step")
+        at_boundary = self.is_gradient_accumulation_boundary()
+        self._step_applied = False
+        if at_boundary:
+            self._update(lr_kwargs or {})
+        self.micro_steps += 1
+        self.global_samples += (self.batch.micro or 0) * self.data_parallel.size
+        if at_boundary:
+            for feature in self._features:
+                feature.step_end(self)
+
+    def _update(self, lr_kwargs: dict[str, Any]) -> None:
+        optimizer, _ = self._training_parts("step")
+        for feature in self._features:
+            feature.step_start(self)
+        self._step_applied = optimizer.step()
+        self.global_steps += 1
+        if not self._step_applied:
+            self.skipped_steps += 1
+            logger.info("step %d skipped: a gradient is not finite", self.global_steps)
+        elif self.lr_scheduler is not None:
+            self.lr_scheduler.step(**lr_kwargs)
+
+    def was_step_applied(self) -> bool:
+        """Whether the last `step` changed the parameters."""
+        return self._step_applied
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients, except those of an accumulation that is under way.
+
+        Scripts call this before every backward; in the middle of an accumulation it must not lose the
+        micro-batches seen so far.
+        """
+        if self._reducer is None:
+            self.module.zero_grad(set_to_none)
+        elif self.micro_steps % self.gradient_accumulation_steps() == 0:
+            self._reducer.clear()
+
+    # -- changing the batch -----------------------------------------------------------------------
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the global batch by changing the accumulation steps; the micro-batch stays."""
+        self.batch = self.batch.with_train(train_batch_size)
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the micro-batch; the accumulation steps stay and the global batch follows."""
+        self.batch = self.batch.with_micro(micro_batch_size)
+
+    # -- the rest ---------------------------------------------------------------------------------
+
+    def deepspeed_io(self, dataset: Any, batch_size: int | None = None, **options: Any) -> Any:
+        """Make a `DeepSpeedDataLoader` over this engine's ranks (default: its micro-batch size)."""
+        return self._make_loader(dataset, batch_size or self.batch.micro, **options)
+
+    def compile(self, *args: Any, backend: Any = None, compile_kwargs: dict | None = None, **more: Any) -> None:
+        """Compile the module's forward in place with ``torch.compile``."""
+        options = {**(compile_kwargs or {}), **more}
+        if backend is not None:
+            options["backend"] = backend
+        self.module.compile(*args, **options)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile` was called."""
+        return self.module._compiled_call_impl is not None
+
+    def save_checkpoint(self, *_args: Any, **_kwargs: Any) -> None:
+        """Refuse: training state cannot be saved in this release."""
+        raise NotBuiltError(
+            "engine.save_checkpoint: not built yet; engine.save_16bit_model(folder) saves the weights"
+        )
+
+    def load_checkpoint(self, *_args: Any, **_kwargs: Any) -> None:
+        """Refuse: training state cannot be resumed in this release."""
+        raise NotBuiltError("engine.load_checkpoint: not built yet; load weights into the module instead")
+
+    def destroy(self) -> None:
+        """Take the engine off the module: hooks are removed, buffers freed; the parameters stay whole."""
+        self._watch_hook.remove()
+        if self._reducer is not None:
+            self._reducer.clear()
+            self._reducer.detach()
+        for feature in self._features:
+            feature.close()
+        self._features = []
+        for param in self.module.parameters():
+            if hasattr(param, "ds_slot"):
+                del param.ds_slot  # type: ignore[attr-defined]
+        self.optimizer = self._reducer = self.lr_scheduler = None
+
+    def _training_parts(self, call: str) -> tuple[Any, Any]:
+        if self.optimizer is None or self._reducer is None:
+            raise UsageError(
+                f"engine.{call}: this engine has no optimizer; give deepspeed.initialize an optimizer, or an "
+                '"optimizer" section in the configuration'
+            )
+        return self.optimizer, self._reducer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None or not hasattr(module, name):
+                raise AttributeError(f"neither DeepSpeedEngine nor its module has an attribute {name!r}") from None
+            return getattr(module, name)

@@ -1,0 +1,80 @@
+"""Which optimizer an engine uses, and what kind of leaves it can be given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from deepspeed.config import DeepSpeedConfig
+from deepspeed.errors import ConfigError
+from deepspeed.ops.factory import build_optimizer
+from deepspeed.ops.probe import is_elementwise, is_per_parameter
+from deepspeed.zero.stage import Sharding
+
+
+def choose_optimizer(
+    module: nn.Module,
+    settings: DeepSpeedConfig,
+    client: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None,
+    model_parameters: Iterable[Any] | None,
+) -> torch.optim.Optimizer | None:
+    """Return the user's optimizer, or the configured one over the user's parameters, or None."""
+    if isinstance(client, torch.optim.Optimizer):
+        optimizer = client
+    else:
+        groups = param_groups(module, model_parameters)
+        if client is not None:
+            optimizer = client(groups)
+        elif settings.optimizer is not None and settings.optimizer.type is not None and groups:
+            optimizer = build_optimizer(settings.optimizer.type, dict(settings.optimizer.params or {}), groups)
+        else:
+            return None
+    _drop_frozen(optimizer)
+    if optimizer.state:
+        raise ConfigError(
+            f"optimizer: expected a fresh optimizer, got a {type(optimizer).__name__} that already has state; "
+            "initialize before its first step"
+        )
+    return optimizer
+
+
+def param_groups(module: nn.Module, model_parameters: Iterable[Any] | None) -> list[dict[str, Any]]:
+    """Normalise parameters, named parameters or param groups to param groups of trainable parameters."""
+    given = [param for param in module.parameters() if param.requires_grad]
+    if model_parameters is not None:
+        given = list(model_parameters)
+    if given and isinstance(given[0], dict):
+        return [{**group, "params": _trainable(group["params"])} for group in given]
+    params = _trainable(given)
+    return [{"params": params}] if params else []
+
+
+def leaf_kind(optimizer: torch.optim.Optimizer, sharding: Sharding) -> Literal["flat", "whole"]:
+    """Decide whether an optimizer may see flat runs of many parameters, or needs whole ones.
+
+    Raises:
+        ConfigError: its result depends on parameters that other ranks hold.
+    """
+    if is_elementwise(optimizer):
+        return "flat"
+    if is_per_parameter(optimizer) or sharding.shard_group.size == 1:
+        return "whole"
+    raise ConfigError(
+        f"optimizer: {type(optimizer).__name__} mixes values of different parameters, which lie on different "
+        "ranks at ZeRO stage 1 and above; use stage 0, or an optimizer that treats each parameter by itself"
+    )
+
+
+def _trainable(params: Any) -> list[nn.Parameter]:
+    listed = [params] if isinstance(params, torch.Tensor) else list(params)
+    listed = [param[1] if isinstance(param, tuple) else param for param in listed]
+    unique = {id(param): param for param in listed if param.requires_grad}
+    return list(unique.values())
+
+
+def _drop_frozen(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["params"] = _trainable(group["params"])

@@ -1,0 +1,85 @@
+"""Saving a model's weights: whole, in their storage dtype, under a name that is complete or absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from deepspeed import comm
+
+if TYPE_CHECKING:
+    from deepspeed.zero.stage import RankGroup
+
+
+class WeightSaving(nn.Module):
+    """The part of the engine that hands out and saves whole weights."""
+
+    module: nn.Module
+    data_parallel: RankGroup
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
+        """Return the module's state dict, without frozen parameters if asked."""
+        state: dict[str, Any] = self.module.state_dict()
+        if exclude_frozen_parameters:
+            for name, param in self.module.named_parameters(remove_duplicate=False):
+                if not param.requires_grad:
+                    state.pop(name, None)
+        return state
+
+    def save_16bit_model(
+        self,
+        save_dir: str | os.PathLike[str],
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write the weights to one file: safetensors if the name ends so, else ``torch.save``.
+
+        Every rank must call it; the first one writes, aside, and renames when the file is complete.
+
+        Returns:
+            True: the weights are always complete.
+        """
+        if self.data_parallel.rank == 0:
+            folder = Path(save_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(self.module_state_dict(exclude_frozen_parameters), folder / save_filename)
+        if self.data_parallel.size > 1:
+            comm.barrier(group=self.data_parallel.process_group)
+        return True
+
+    save_fp16_model = save_16bit_model
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        if path.suffix == ".safetensors":
+            save_file(_untied(state), aside, metadata={"format": "pt"})
+        else:
+            torch.save({name: _own_copy(value) for name, value in state.items()}, aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _own_copy(value: Any) -> Any:
+    """Detach a tensor from the flat it is a view of, or the whole flat would be written with it."""
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
+
+
+def _untied(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Keep one name for tensors that are the same memory: safetensors holds no aliases."""
+    seen: dict[tuple[int, torch.Size], str] = {}
+    kept = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            place = (value.data_ptr(), value.shape)
+            if value.numel() == 0 or place not in seen:
+                seen[place] = name
+                kept[name] = _own_copy(value).contiguous()
+    return kept

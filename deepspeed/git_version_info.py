@@ -1,0 +1,5 @@
+"""The version by the name some tools read."""
+
+from deepspeed.version import __version__ as version
+
+__all__ = ["version"]

@@ -1,0 +1,1 @@
+"""Sharding: what ZeRO does, on flat units. Read stage, layout, unit, grouping, gradients, reducer, optimizer."""
