@@ -133,9 +133,8 @@ def _upper(value: Any) -> Any:
 
 LOWER = Expects("one of the names, in any case", _lower)
 UPPER = Expects("one of the names, in any case", _upper)
-WHOLE = Expects("an integer", to_integer)
 
-Integer = Annotated[int, WHOLE]
+Integer = Annotated[int, Expects("an integer", to_integer)]
 Size = Annotated[int, Expects("an integer of at least 0", _at_least(0, to_integer))]
 Count = Annotated[int, Expects("an integer of at least 1", _at_least(1, to_integer))]
 Number = Annotated[float, Expects("a number", to_number)]

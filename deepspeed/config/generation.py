@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from deepspeed.config.base import WHOLE, Count, Integer, Section, key
+from deepspeed.config.base import Count, Expects, Integer, Section, key, to_integer
 
 
 class HybridEngineSection(Section):
@@ -20,7 +20,7 @@ class HybridEngineSection(Section):
 class QuantizedWeightSection(Section):
     """How a weight is quantised."""
 
-    num_bits: Annotated[Literal[4, 8], WHOLE] = key(8, "bits per element")
+    num_bits: Annotated[Literal[4, 8], Expects("4 or 8", to_integer)] = key(8, "bits per element")
     group_size: Count = key(64, "elements that share a scale")
     group_dim: Integer = key(0, "dim along which groups are cut")
     symmetric: bool = key(False, "must be false")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import hjson
 from pydantic import ValidationError
 
 from deepspeed.common.logging import set_log_level, warn_once
@@ -66,8 +67,8 @@ def parse(source: Any) -> dict[str, Any]:
     decoded = _decode(str(source))
     if decoded is None:
         raise ConfigError(
-            f"config: expected a dict, the path of an existing JSON file or base64 of JSON, got {shown(str(source))}; "
-            f"there is no such file (working folder: {os.getcwd()})"
+            f"config: expected a dict, the path of an existing JSON file or base64 of JSON, "
+            f"got {shown(str(source))}; there is no such file (working folder: {os.getcwd()})"
         )
     return _parse_text(decoded, "base64 config")
 
@@ -88,9 +89,6 @@ def _decode(text: str) -> str | None:
 
 
 def _parse_text(text: str, name: str) -> dict[str, Any]:
-    # Imported here because only files need it.
-    import hjson
-
     try:
         tree = hjson.loads(text, object_pairs_hook=_without_duplicates)
     except hjson.HjsonDecodeError as error:
@@ -108,7 +106,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ConfigError(
-            f"{', '.join(twice)}: expected each key once, got duplicate keys {shown(twice)}; remove one of each"
+            f"{', '.join(twice)}: expected each key once, got duplicate keys {shown(twice)}; remove one"
         )
     return tree
 
@@ -146,7 +144,7 @@ def _data_parallel_size(config: DeepSpeedConfig, world_size: int) -> int:
     if world_size % sequence:
         raise ConfigError(f"sequence_parallel_size: expected a divisor of {world_size} ranks, got {sequence}")
     size = world_size // sequence
-    if config.data_parallel_size not in (None, 1, size):
+    if config.data_parallel_size not in (None, size):
         raise ConfigError(
             f"data_parallel_size: expected {size} ({world_size} ranks / {sequence} per sequence), "
             f"got {config.data_parallel_size}"
@@ -155,9 +153,12 @@ def _data_parallel_size(config: DeepSpeedConfig, world_size: int) -> int:
 
 
 def _solve_batch(config: DeepSpeedConfig, dp: int) -> None:
-    given = [AUTO if config.is_auto(path) else getattr(config, path) for path in (TRAIN, MICRO, GAS)]
+    def given(path: str) -> int | str | None:
+        return AUTO if config.is_auto(path) else getattr(config, path)
+
     sources = {path: config.source_of(path) for path in (TRAIN, MICRO, GAS)}
-    config.set_batch(solve(*given, dp, sources=sources), "derived from the other batch sizes")
+    sizes = solve(given(TRAIN), given(MICRO), given(GAS), dp, sources=sources)
+    config.set_batch(sizes, "from the other batch sizes")
 
 
 def _set_log_level(config: DeepSpeedConfig) -> None:

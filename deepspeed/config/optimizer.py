@@ -20,6 +20,6 @@ class SchedulerSection(Section):
 
     type: str | None = key(
         None,
-        "WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest, or a class of torch.optim.lr_scheduler",
+        "WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest, or one of torch.optim.lr_scheduler",
     )
     params: dict[str, Any] = key({}, "keyword arguments of the schedule")

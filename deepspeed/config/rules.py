@@ -22,7 +22,7 @@ def check(config: DeepSpeedConfig) -> None:
 
 def _refused(config: DeepSpeedConfig) -> Lines:
     if config.amp.enabled:
-        yield "amp.enabled: expected false, got true; Apex is replaced by torch_autocast.enabled, or bf16.enabled"
+        yield "amp.enabled: expected false, got true; torch_autocast.enabled or bf16.enabled replaces Apex"
     if config.sparse_gradients:
         yield (
             "sparse_gradients: expected false, got true; gradients of a unit lie in one flat buffer and are "
@@ -68,19 +68,16 @@ def _loss_scale(config: DeepSpeedConfig) -> Lines:
     if not fp16.enabled or fp16.loss_scale > 0:
         return
     for name in ("loss_scale_window", "min_loss_scale"):
-        if getattr(fp16, name) <= 0:
-            yield f"fp16.{name}: expected a number above 0 with a dynamic loss scale, got {getattr(fp16, name)}"
+        value = getattr(fp16, name)
+        if value <= 0:
+            yield f"fp16.{name}: expected a number above 0 with a dynamic loss scale, got {shown(value)}"
 
 
 def _optimizer(config: DeepSpeedConfig) -> Lines:
     for name in ("optimizer", "scheduler"):
-        section = getattr(config, name)
-        if (
-            section is not None
-            and section.type is None
-            and (section.params or config.is_auto(f"{name}.type"))
-        ):
-            yield f"{name}.type: expected a name, got {'auto' if config.is_auto(f'{name}.type') else 'nothing'}; add it"
+        section, auto = getattr(config, name), config.is_auto(f"{name}.type")
+        if section is not None and section.type is None and (section.params or auto):
+            yield f"{name}.type: expected a name, got {'auto' if auto else 'nothing'}; add it"
     params = config.optimizer.params if config.optimizer else {}
     if "max_grad_norm" in params:
         yield (

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from deepspeed.config.base import shown
+from deepspeed.config.base import Section, shown
+from deepspeed.config.compression import CompressionSection
 from deepspeed.config.root import DeepSpeedConfig
 from deepspeed.config.tree import lookup
 from deepspeed.errors import NotBuiltError
@@ -41,8 +42,7 @@ def _is(answer: bool) -> Callable[[Any], bool]:
 
 
 def _techniques() -> list[Unbuilt]:
-    names = ("weight_quantization", "activation_quantization", "sparse_pruning")
-    names += ("row_pruning", "head_pruning", "channel_pruning")
+    names = [name for name in CompressionSection.model_fields if name != "layer_reduction"]
     return [
         Unbuilt(f"compression_training.{name}.shared_parameters.enabled", "compression") for name in names
     ]
@@ -122,13 +122,11 @@ def asked(config: DeepSpeedConfig) -> list[Unbuilt]:
 
 def refuse_unbuilt(config: DeepSpeedConfig) -> None:
     """Raise NotBuiltError with one line for each feature `config` asks for that does not exist yet."""
-    lines = [
-        f"{row.path}: got {shown(_plain(lookup(config, row.path)))}, but {row.feature} is not built yet; {row.way_out}"
-        for row in asked(config)
-    ]
+    lines = [_line(row, lookup(config, row.path)) for row in asked(config)]
     if lines:
         raise NotBuiltError("\n".join(lines))
 
 
-def _plain(value: Any) -> Any:
-    return value.model_dump(exclude_unset=True) if hasattr(value, "model_dump") else value
+def _line(row: Unbuilt, value: Any) -> str:
+    got = shown(value.model_dump(exclude_unset=True) if isinstance(value, Section) else value)
+    return f"{row.path}: {row.feature} is not built yet, got {got}; {row.way_out}"

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from deepspeed.config.base import (
     LOWER,
-    WHOLE,
+    Expects,
     FilePath,
     Fraction,
     Integer,
@@ -14,9 +14,11 @@ from deepspeed.config.base import (
     Size,
     key,
     part,
+    to_integer,
 )
 
 Device = Annotated[Literal["none", "cpu", "nvme"], LOWER]
+Stage = Annotated[Literal[0, 1, 2, 3], Expects("0, 1, 2 or 3", to_integer)]
 MOE_BLOCKS = [
     "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
     "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
@@ -85,7 +87,7 @@ class LoCoSection(Section):
 class ZeroSection(Section):
     """Sharding of optimizer states (stage 1), gradients (2) and parameters (3)."""
 
-    stage: Annotated[Literal[0, 1, 2, 3], WHOLE] = key(0, "0: nothing is sharded; 1, 2, 3: see above")
+    stage: Stage = key(0, "0: nothing is sharded; 1, 2, 3: see above")
     contiguous_gradients: bool = key(True, "gradients in one buffer")
     reduce_scatter: bool = key(True, "reduce each gradient to the rank that owns it, not to all")
     reduce_bucket_size: Size = key(500_000_000, "elements per gradient reduction")
