@@ -1,6 +1,6 @@
 """From configuration to parts: the only place that reads it. Below here parts get values.
 
-    model + config -> policy, sharding -> inner optimizer -> units -> reducer -> ZeroOptimizer -> schedule
+model + config -> policy, sharding -> inner optimizer -> units -> reducer -> ZeroOptimizer -> schedule
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ def _shard(
     rules = StepRules(
         clip=settings.gradient_clipping,
         divide_by=(data_parallel.size if mean else 1) / predivide,
-        check_finite=policy.loss_scaled or (bool(settings.bf16.enabled) and settings.bf16.check_grad_overflow),
+        check_finite=policy.loss_scaled
+        or (bool(settings.bf16.enabled) and settings.bf16.check_grad_overflow),
     )
     optimizer = ZeroOptimizer(
         inner,
@@ -207,7 +208,9 @@ def _place_rest(
     rest: list[torch.Tensor] = []
     for param in module.parameters():
         if not hasattr(param, "ds_slot"):
-            dtype = policy.storage if policy.storage is not None and param.is_floating_point() else param.dtype
+            dtype = (
+                policy.storage if policy.storage is not None and param.is_floating_point() else param.dtype
+            )
             param.data = param.data.to(device=device, dtype=dtype)
             rest.append(param.data)
     for owner in module.modules():
@@ -247,7 +250,7 @@ def _make_loader(
 ) -> DeepSpeedDataLoader:
     if batch_size is None:
         raise ConfigError(
-            "train_micro_batch_size_per_gpu: a data loader needs a number, and it is \"auto\" until the first "
+            'train_micro_batch_size_per_gpu: a data loader needs a number, and it is "auto" until the first '
             "batch; set it in the configuration"
         )
     return DeepSpeedDataLoader(

@@ -136,8 +136,11 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise UsageError(
                 "engine.backward: expected a tensor of one element that requires grad, got "
-                + (f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor)
-                   else type(loss).__name__)
+                + (
+                    f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+                    if isinstance(loss, Tensor)
+                    else type(loss).__name__
+                )
             )
         for feature in self._features:
             feature.backward_start(self, loss)
@@ -260,7 +263,9 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         """Make a `DeepSpeedDataLoader` over this engine's ranks (default: its micro-batch size)."""
         return self._make_loader(dataset, batch_size or self.batch.micro, **options)
 
-    def compile(self, *args: Any, backend: Any = None, compile_kwargs: dict | None = None, **more: Any) -> None:
+    def compile(
+        self, *args: Any, backend: Any = None, compile_kwargs: dict | None = None, **more: Any
+    ) -> None:
         """Compile the module's forward in place with ``torch.compile``."""
         options = {**(compile_kwargs or {}), **more}
         if backend is not None:
@@ -310,5 +315,7 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         except AttributeError:
             module = self.__dict__.get("_modules", {}).get("module")
             if module is None or not hasattr(module, name):
-                raise AttributeError(f"neither DeepSpeedEngine nor its module has an attribute {name!r}") from None
+                raise AttributeError(
+                    f"neither DeepSpeedEngine nor its module has an attribute {name!r}"
+                ) from None
             return getattr(module, name)

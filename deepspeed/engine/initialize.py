@@ -99,7 +99,9 @@ def initialize(
 
 def config_source(args: Any, config: Any, config_params: Any) -> Any:
     """Find the one configuration among the arguments."""
-    from_args = args.get("deepspeed_config") if isinstance(args, dict) else getattr(args, "deepspeed_config", None)
+    from_args = (
+        args.get("deepspeed_config") if isinstance(args, dict) else getattr(args, "deepspeed_config", None)
+    )
     given = {
         name: value
         for name, value in (

@@ -29,7 +29,9 @@ def choose_optimizer(
         if client is not None:
             optimizer = client(groups)
         elif settings.optimizer is not None and settings.optimizer.type is not None and groups:
-            optimizer = build_optimizer(settings.optimizer.type, dict(settings.optimizer.params or {}), groups)
+            optimizer = build_optimizer(
+                settings.optimizer.type, dict(settings.optimizer.params or {}), groups
+            )
         else:
             return None
     _drop_frozen(optimizer)

@@ -63,7 +63,9 @@ class Layout:
     @cached_property
     def gaps(self) -> tuple[tuple[int, int], ...]:
         """Ranges (start, stop) of the flat that belong to no parameter."""
-        taken = sorted((offset, offset + numel) for offset, numel in zip(self.offsets, self.numels, strict=True))
+        taken = sorted(
+            (offset, offset + numel) for offset, numel in zip(self.offsets, self.numels, strict=True)
+        )
         gaps, position = [], 0
         for start, stop in taken:
             if start > position:

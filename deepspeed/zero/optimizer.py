@@ -25,6 +25,7 @@ from deepspeed.errors import UsageError
 from deepspeed.zero.gradients import UnitGradients
 from deepspeed.zero.leaves import Leaf, make_leaves, split_leaf
 from deepspeed.zero.reducer import Reducer
+from deepspeed.zero.slot import Slot
 from deepspeed.zero.stage import RankGroup
 from deepspeed.zero.unit import Unit
 
@@ -91,6 +92,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._hooks_after: OrderedDict[int, Callable] = OrderedDict()
         self._leaves = self._replace_params(whole_parameters)
         self._fuses = hasattr(inner, "update_leaf")
+        for gradients in reducer.gradients:
+            for index, param in enumerate(gradients.unit.params):
+                param.ds_slot = Slot(self, gradients, index)  # type: ignore[attr-defined]
 
     def _replace_params(self, whole_parameters: bool) -> dict[Unit, list[Leaf]]:
         group_of = {id(param): group for group in self.optimizer.param_groups for param in group["params"]}
@@ -189,10 +193,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """The units, in registration order."""
         return list(self._leaves)
 
-    def gradients_of(self, unit: Unit) -> UnitGradients:
-        """Return the gradients of a unit."""
-        return next(gradients for gradients in self._reducer.gradients if gradients.unit is unit)
-
     def leaves_of(self, unit: Unit) -> list[Leaf]:
         """Return the leaves of a unit, in the order they lie in its shard."""
         return self._leaves[unit]
@@ -216,7 +216,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             LossScaleError: the gradients overflow although the loss scale is at its minimum.
         """
         if closure is not None:
-            raise UsageError("optimizer.step: a closure cannot be used; gradients come from engine.backward(loss)")
+            raise UsageError(
+                "optimizer.step: a closure cannot be used; gradients come from engine.backward(loss)"
+            )
         for hook in self._hooks_before.values():
             hook(self, (), {})
         self._reducer.flush()

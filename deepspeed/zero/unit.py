@@ -1,15 +1,14 @@
 """Unit: parameters that travel together, back to back in one flat buffer.
 
-    flat     [ p0 ........ | p1 .. | p2 ................ | gap ]    dtype of storage; parameters are views of it
-    mine     [   ......    ]                                       my shard of the flat, a view
-    master   [   ......    ]                                       my shard in the master dtype; `mine` itself
-                                                                   where the dtypes are equal
+flat     [ p0 ........ | p1 .. | p2 ................ | gap ]    dtype of storage; parameters are views of it
+mine     [   ......    ]                                       my shard of the flat, a view
+master   [   ......    ]                                       my shard in the master dtype; `mine` itself
+                                                               where the dtypes are equal
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +54,9 @@ class Unit:
         self.master = self.mine
         if dtypes.master != dtypes.storage:
             self.master = given[rank * chunk : (rank + 1) * chunk].to(dtypes.master, copy=True)
-        for index, (param, view) in enumerate(zip(self.params, self.views(self.flat), strict=True)):
+        for param, view in zip(self.params, self.views(self.flat), strict=True):
             param.grad = None
             param.data = view
-            param.ds_slot = Slot(self, index)  # type: ignore[attr-defined]
 
     def _gather_given(self, device: torch.device) -> Tensor:
         """Return the parameters' values in one new flat, equal on all data-parallel ranks."""
@@ -96,17 +94,3 @@ class Unit:
         if group.size == 1:
             return None
         return comm.all_gather_single(self.flat, self.mine, group=group.process_group, async_op=async_op)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a parameter is found: its unit and its index there (kept on the parameter as ``ds_slot``).
-
-    A pickled parameter leaves its unit behind.
-    """
-
-    unit: Unit
-    index: int
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()

@@ -1,0 +1,181 @@
+"""Read and write single parameters' master weights, gradients and optimizer state, wherever they are.
+
+Every function that returns or takes a *full* value is collective: all data-parallel ranks must call it, for
+the same parameters in the same order. The *local* ones see this rank's piece, flattened.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed import comm
+from deepspeed.errors import UsageError
+from deepspeed.zero.leaves import Leaf
+from deepspeed.zero.slot import Slot, slot_of
+
+
+def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
+    """Return a parameter's master weight, whole (fp32 in the parameter's shape); None if it is not trained."""
+    slot = slot_of(param)
+    return None if slot is None else _whole(slot, slot.gradients.unit.master)
+
+
+def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
+    """Set a parameter's master weight and the weight itself; `value` has the parameter's shape."""
+    slot = _trained(param)
+    _check_shape(param, value)
+    with torch.no_grad():
+        _write(slot, slot.gradients.unit.master, value)
+        param.data.copy_(value)
+
+
+def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
+    """Return the gradient that the next step will use, averaged and unscaled, before clipping (fp32, whole).
+
+    None if the parameter is not trained, or nothing was reduced since the last step.
+    """
+    slot = slot_of(param)
+    if slot is None or slot.gradients.shard is None:
+        return None
+    return _whole(slot, slot.gradients.shard) / slot.optimizer.gradient_divisor
+
+
+def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
+    """Set the gradient that the next step will use; `value` is unscaled and has the parameter's shape."""
+    slot = _trained(param)
+    _check_shape(param, value)
+    if slot.gradients.shard is None:
+        raise UsageError("safe_set_full_grad: there is no gradient yet; call it between backward and step")
+    _write(slot, slot.gradients.shard, value * slot.optimizer.gradient_divisor)
+
+
+def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
+    """Return one state tensor (``exp_avg``, ...) of a parameter, whole; None before the first step."""
+    slot = slot_of(param)
+    if slot is None:
+        return None
+    local = _local_state(slot, optim_state_key)
+    return _assemble(slot, local) if _anywhere(slot, local is not None) else None
+
+
+def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
+    """Set one state tensor of a parameter; `value` has the parameter's shape."""
+    slot = _trained(param)
+    _check_shape(param, value)
+    local, piece = _local_state(slot, optim_state_key), slot.my_piece()
+    if local is not None and piece is not None:
+        local.copy_(value.reshape(-1)[piece.param_start : piece.param_stop])
+
+
+def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor | None:
+    """Return this rank's piece of the master weight (flat), None where it has none."""
+    slot = slot_of(param)
+    return None if slot is None else _local(slot, slot.gradients.unit.master)
+
+
+def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
+    """Set this rank's piece of the master weight and of the stored weight; every rank sets its own."""
+    slot = _trained(param)
+    unit = slot.gradients.unit
+    for shard in (unit.master, unit.mine):
+        local = _local(slot, shard)
+        if local is not None:
+            local.copy_(value.reshape(-1))
+    unit.publish()
+
+
+def safe_get_local_grad(param: nn.Parameter) -> Tensor | None:
+    """Return this rank's piece of the gradient (flat, averaged and unscaled), None where it has none."""
+    slot = slot_of(param)
+    if slot is None or slot.gradients.shard is None:
+        return None
+    local = _local(slot, slot.gradients.shard)
+    return None if local is None else local.float() / slot.optimizer.gradient_divisor
+
+
+def safe_set_local_grad(param: nn.Parameter, value: Tensor) -> None:
+    """Set this rank's piece of the gradient (flat, unscaled)."""
+    slot = _trained(param)
+    local = None if slot.gradients.shard is None else _local(slot, slot.gradients.shard)
+    if local is not None:
+        local.copy_(value.reshape(-1) * slot.optimizer.gradient_divisor)
+
+
+def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
+    """Return this rank's piece of a state tensor (flat), None where it has none."""
+    slot = slot_of(param)
+    return None if slot is None else _local_state(slot, optim_state_key)
+
+
+def safe_set_local_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
+    """Set this rank's piece of a state tensor (flat)."""
+    local = _local_state(_trained(param), optim_state_key)
+    if local is not None:
+        local.copy_(value.reshape(-1))
+
+
+def _trained(param: nn.Parameter) -> Slot:
+    slot = slot_of(param)
+    if slot is None:
+        raise UsageError("parameter: expected one that an engine trains, got one that is frozen or foreign")
+    return slot
+
+
+def _check_shape(param: nn.Parameter, value: Tensor) -> None:
+    if value.shape != param.shape:
+        raise UsageError(f"value: expected shape {tuple(param.shape)}, got {tuple(value.shape)}")
+
+
+def _local(slot: Slot, shard: Tensor) -> Tensor | None:
+    piece = slot.my_piece()
+    return None if piece is None else shard[piece.shard_start : piece.shard_stop]
+
+
+def _local_state(slot: Slot, key: str) -> Tensor | None:
+    piece = slot.my_piece()
+    if piece is None:
+        return None
+    leaf = _leaf_with(slot, piece.shard_start)
+    value = slot.optimizer.state.get(leaf.tensor, {}).get(key)
+    if not isinstance(value, Tensor) or value.numel() != leaf.tensor.numel():
+        return None
+    start = piece.shard_start - leaf.start
+    return value.view(-1)[start : start + piece.numel]
+
+
+def _leaf_with(slot: Slot, position: int) -> Leaf:
+    leaves = slot.optimizer.leaves_of(slot.gradients.unit)
+    return next(leaf for leaf in leaves if leaf.start <= position < leaf.stop)
+
+
+def _whole(slot: Slot, shard: Tensor) -> Tensor:
+    return _assemble(slot, _local(slot, shard))
+
+
+def _assemble(slot: Slot, local: Tensor | None) -> Tensor:
+    """Put the pieces of all ranks together: each writes its own into zeros, and the sum is the whole."""
+    unit, piece = slot.gradients.unit, slot.my_piece()
+    shape = unit.params[slot.index].shape
+    whole = torch.zeros(shape.numel(), dtype=torch.float32, device=unit.flat.device)
+    if local is not None and piece is not None:
+        whole[piece.param_start : piece.param_stop] = local
+    group = unit.sharding.shard_group
+    if group.size > 1:
+        comm.all_reduce(whole, group=group.process_group)
+    return whole.view(shape)
+
+
+def _anywhere(slot: Slot, present: bool) -> bool:
+    group = slot.gradients.unit.sharding.shard_group
+    if group.size == 1:
+        return present
+    flag = torch.tensor(float(present), device=slot.gradients.unit.flat.device)
+    comm.all_reduce(flag, group=group.process_group)
+    return bool(flag > 0)
+
+
+def _write(slot: Slot, shard: Tensor, value: Tensor) -> None:
+    piece = slot.my_piece()
+    if piece is not None:
+        shard[piece.shard_start : piece.shard_stop] = value.reshape(-1)[piece.param_start : piece.param_stop]
