@@ -34,16 +34,19 @@ class PlainTrainer:
         self.clip = clip
         self.grad_norm = torch.tensor(0.0)
 
-    def step(self, batches: Iterable[Batch], loss_of: LossOf) -> float:
-        """Take one step on the mean over `batches` (of every rank and micro-batch); return the mean loss."""
+    def step(self, batches: Iterable[Batch], loss_of: LossOf, *, gas: int = 1) -> float:
+        """Take one step on the mean over `batches` (of every rank and micro-batch); return the mean loss.
+
+        As everybody does, the loss is divided by the `gas` micro-batches of a rank before backward.
+        """
         batches = list(batches)
         losses = []
         for batch in batches:
             self.working.zero_grad()
             loss = loss_of(self.working, batch)
-            loss.backward()
+            (loss / gas).backward()
             losses.append(loss.detach().float())
-            self._accumulate(len(batches))
+            self._accumulate(len(batches) // gas)
         grads = [param.grad for param in self.master.parameters() if param.grad is not None]
         self.grad_norm = torch.linalg.vector_norm(
             torch.stack([torch.linalg.vector_norm(grad) for grad in grads])

@@ -14,7 +14,7 @@ from reference import PlainTrainer
 from toys import make_toy, toy_batch, toy_loss
 
 STEPS = 4
-TOLERANCE = {"fp32": 2e-6, "bf16": 2e-2, "fp16": 4e-3}
+TOLERANCE = {"fp32": 2e-6, "bf16": 3e-2, "fp16": 4e-3}
 STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAMW = {"lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.1}
 
@@ -45,7 +45,7 @@ def train_both(config: dict, *, precision="fp32", model=None, steps=STEPS, make_
     drive = drive or drive_engine
     for step in range(steps):
         batches = [toy_batch(step, micro, r) for micro in range(gas) for r in range(ranks)]
-        expected = plain.step(batches, toy_loss)
+        expected = plain.step(batches, toy_loss, gas=gas)
         losses = drive(engine, [toy_batch(step, micro, rank) for micro in range(gas)])
         mean = torch.stack(losses).mean()
         dist.all_reduce(mean)
@@ -77,7 +77,7 @@ def assert_equal_training(engine, plain, tolerance: float, states=("exp_avg", "e
             atol=tolerance,
             msg=name,
         )
-        if not param.requires_grad:
+        if not param.requires_grad or param.numel() == 0:
             continue
         torch.testing.assert_close(
             safe_get_full_fp32_param(param),
