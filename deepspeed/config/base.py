@@ -197,6 +197,14 @@ def path_of(location: tuple[int | str, ...]) -> str:
     return path
 
 
+def respell(path: str, spelled: Mapping[str, str]) -> str:
+    """Return `path` as the user wrote it; `spelled` maps a path, or what it begins with, to that."""
+    begin = path
+    while begin and begin not in spelled:
+        begin = begin.rpartition(".")[0]
+    return spelled[begin] + path[len(begin) :] if begin else path
+
+
 _EXPECTED = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
@@ -216,7 +224,7 @@ def explain(error: ValidationError, spelled: Mapping[str, str] | None = None) ->
     lines = []
     for found in error.errors(include_url=False):
         kind, where = found["type"], path_of(found["loc"])
-        where = (spelled or {}).get(where, where)
+        where = respell(where, spelled or {})
         if kind == "missing":
             lines.append(f"{where}: expected a value, this key is required")
             continue

@@ -89,6 +89,8 @@ def _decode(text: str) -> str | None:
 
 
 def _parse_text(text: str, name: str) -> dict[str, Any]:
+    if not text.strip():
+        raise ConfigError(f"{name}: expected JSON, got an empty text")
     try:
         tree = hjson.loads(text, object_pairs_hook=_without_duplicates)
     except hjson.HjsonDecodeError as error:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection
 
 SHORT = 10
 """Below this length a known key is matched only when one letter is wrong: ``msamp`` is not ``amp``."""
+
+CLOSE = 2
+"""Wrong letters up to which two keys are close."""
+
+COMMON = 0.77
+"""Share of letters in common from which long keys resemble each other: zero_optimizer, zero_optimization."""
 
 
 def distance(a: str, b: str) -> int:
@@ -24,10 +31,23 @@ def distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def nearest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """Return the known keys at the smallest distance from `word`, at most `limit`, likeliest first."""
-    ranked = sorted((distance(word.lower(), name.lower()), -_ratio(word, name), name) for name in known)
-    return [name for steps, _, name in ranked if steps == ranked[0][0]][:limit]
+def nearest(word: str, known: Collection[str], limit: int = 3) -> list[str]:
+    """Return the known keys likest to `word`, at most `limit`: by wrong letters if few, else by parts."""
+    word = word.lower()
+    fewest = CLOSE
+    alike: list[str] = []
+    for name in known:
+        if _letters_apart(word, name.lower()) > fewest:
+            continue
+        steps = distance(word, name.lower())
+        if steps < fewest:
+            fewest, alike = steps, []
+        if steps == fewest:
+            alike.append(name)
+    if alike:
+        return alike[:limit]
+    ranked = sorted(((_ratio(word, name), name) for name in known), reverse=True)
+    return [name for ratio, name in ranked if ratio > ranked[0][0] - 0.05][:limit]
 
 
 def resembling(word: str, known: Collection[str]) -> list[str]:
@@ -42,13 +62,21 @@ def resembling(word: str, known: Collection[str]) -> list[str]:
 
 
 def _alike(word: str, name: str) -> bool:
-    if len(name) < SHORT:
-        return distance(word, name) <= 1
-    return _ratio(word, name) >= 0.8 or distance(word, name) <= 2
+    allowed = 1 if len(name) < SHORT else CLOSE
+    if _letters_apart(word, name) <= allowed and distance(word, name) <= allowed:
+        return True
+    return len(name) >= SHORT and _ratio(word, name) >= COMMON
+
+
+def _letters_apart(a: str, b: str) -> int:
+    """Return a quick lower bound of `distance`: letters that one has and the other lacks."""
+    left, right = Counter(a), Counter(b)
+    return max((left - right).total(), (right - left).total())
 
 
 def _ratio(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
+    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
+    return matcher.ratio() if matcher.quick_ratio() >= 0.5 else 0.0
 
 
 def did_you_mean(names: list[str]) -> str:
