@@ -30,6 +30,9 @@ ALWAYS = (
 )
 """Sections shown key by key even when nothing in them was given."""
 
+SECRETS = ("comet.api_key",)
+HIDDEN = "(hidden)"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -43,7 +46,7 @@ class Row:
 
 def rows(config: DeepSpeedConfig) -> list[Row]:
     """Return the effective configuration; a section nobody touched and that is off is one row."""
-    notes = {row.path: f"{row.feature}: not built yet" for row in asked(config)}
+    notes = {row.path: f"not built yet: {row.feature}" for row in asked(config)}
     stage = config.zero_optimization.stage
     return [_annotated(row, notes, stage) for row in _rows(config, config, "")]
 
@@ -68,7 +71,8 @@ def _value_rows(config: DeepSpeedConfig, value: Any, here: str) -> Iterator[Row]
         yield from (Row(path, '"auto"', "auto") for path in waiting)
         return
     pending = here in config.unresolved()
-    yield Row(here, '"auto"' if pending else shown(value), config.source_of(here))
+    told = '"auto"' if pending else HIDDEN if here in SECRETS and value else shown(value)
+    yield Row(here, told, config.source_of(here))
 
 
 def _touched(config: DeepSpeedConfig, name: str) -> bool:
@@ -80,7 +84,7 @@ def _annotated(row: Row, notes: dict[str, str], stage: int) -> Row:
     if row.path in notes:
         note = notes[row.path]
     elif row.value == '"auto"' and row.source == "auto":
-        note = "settled when the model and the data are known"
+        note = "waits for model and data"
     elif row.path.startswith("zero_optimization.stage3_") and stage < 3 and row.source != "default":
         note = "has no effect below stage 3"
     return Row(row.path, row.value, row.source, note)
@@ -91,13 +95,24 @@ def render_config(config: DeepSpeedConfig) -> Table:
 
     Load it with ``refuse_unbuilt=False`` to see what is refused instead of an error.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    sizes = config.batch
-    table = Table(title="effective configuration", caption=f"data-parallel ranks: {sizes.dp}")
-    for heading in ("key", "value", "source", "note"):
-        table.add_column(heading, overflow="fold")
+    table = Table(
+        title="effective configuration",
+        caption=f"data-parallel ranks: {config.batch.dp}",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("key", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("where from, and what to know")
+    group = ""
     for row in rows(config):
+        section, _, name = row.path.partition(".")
+        if name and section != group:
+            table.add_row(section, style="bold")
+        group = section if name else ""
+        told = f"{row.source}; {row.note}" if row.note else row.source
         style = "red" if "not built" in row.note else "dim" if row.source == "default" else None
-        table.add_row(row.path, row.value, row.source, row.note, style=style)
+        table.add_row(f"  {name}" if name else section, row.value, told, style=style)
     return table

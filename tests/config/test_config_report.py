@@ -38,7 +38,7 @@ def test_each_value_says_where_it_came_from():
 
 def test_what_has_no_effect_or_is_refused_is_noted():
     found = table(TREE)
-    assert found["zero_optimization.stage"].note == "sharding of parameters (stage 3): not built yet"
+    assert found["zero_optimization.stage"].note == "not built yet: sharding of parameters (stage 3)"
     found = table({**TREE, "zero_optimization": {"stage": 2, "stage3_max_live_parameters": 5}})
     assert found["zero_optimization.stage3_max_live_parameters"].note == "has no effect below stage 3"
     assert found["zero_optimization.stage"].note == ""
@@ -51,10 +51,14 @@ def test_a_section_nobody_touched_is_one_row():
     assert "fp16.hysteresis" in found
 
 
+def test_a_secret_is_not_shown():
+    assert table({"train_batch_size": 1, "comet": {"api_key": "abc"}})["comet.api_key"].value == "(hidden)"
+
+
 def test_the_table_prints():
     out = io.StringIO()
     Console(file=out, width=200).print(render_config(load_config(TREE, world_size=2, refuse_unbuilt=False)))
-    for word in ("data-parallel ranks: 2", "zero_optimization.stage", "not built yet", "nothing given"):
+    for word in ("data-parallel ranks: 2", "zero_optimization", "  stage", "not built yet", "nothing given"):
         assert word in out.getvalue()
 
 
