@@ -105,7 +105,7 @@ def render_config(config: DeepSpeedConfig) -> Table:
     )
     table.add_column("key", no_wrap=True)
     table.add_column("value", overflow="fold")
-    table.add_column("where from, and what to know")
+    table.add_column("source")
     group = ""
     for row in rows(config):
         section, _, name = row.path.partition(".")
