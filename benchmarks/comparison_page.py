@@ -1,0 +1,58 @@
+"""The sentences around the table of a comparison: what was trained, how it was measured, what the rows do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from model import Shape, count_parameters
+from rows import split_row
+
+_ROWS = {
+    "ddp": (
+        "*DDP*: bf16 model and bf16 gradient reduction, fp32 master weights kept by hand "
+        "(cast gradients to fp32, clip, fused AdamW, copy back)."
+    ),
+    "fsdp2": (
+        "*FSDP2*: fully_shard of each block and the root, bf16 parameters and reduction, "
+        "fp32 shards, fused AdamW."
+    ),
+    "compute": "*Compute only*: every rank's forward and backward without communication and update.",
+}
+
+
+@dataclass(frozen=True)
+class Page:
+    """The settings of a comparison, put in words."""
+
+    shape: Shape
+    ranks: int
+    threads: int
+    pairs: int
+    warmup: int
+    steps: int
+
+    def subject(self) -> str:
+        """Say what was trained, in two lines."""
+        shape = self.shape
+        millions = count_parameters(shape) / 1e6
+        return (
+            f"GPT of {millions:.1f}M parameters: {shape.layers} layers, width {shape.dim}, "
+            f"sequence {shape.seq}, vocabulary {shape.vocab}, micro-batch {shape.batch}.\n"
+            f"bf16, AdamW, clipping 1.0; ranks: {self.ranks}, gloo, threads of a rank: {self.threads}."
+        )
+
+    def method(self) -> str:
+        """Say how the figures came about."""
+        return (
+            f"Rounds: {self.pairs}. In each, every row runs in fresh processes for {self.warmup} warm-up and "
+            f"{self.steps} timed steps. A step lasts as long as on its slowest rank; a run is the "
+            "median of its steps, a row the median of its runs. *x original* (same stage) and *x DDP* say "
+            "how many times as fast: medians of the ratios within a round. Memory is the largest rank's peak "
+            "over the life of the process, start and compilation included."
+        )
+
+    def rows(self, rows: Sequence[str]) -> str:
+        """Say what the rows do that are no engine."""
+        kinds = {split_row(row)[0] for row in rows}
+        return " ".join(text for kind, text in _ROWS.items() if kind in kinds)

@@ -1,0 +1,170 @@
+"""Turns into figures: median, spread, ratios and the verdict on the goals of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from results import markdown_table
+
+SPEED_GOAL = 1.3
+# Rows start alike and see the same data; this much of the fall in loss may differ through rounding.
+LOSS_TOLERANCE = 0.05
+PHASES = ("forward", "backward", "step")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One run of one row: times in seconds (median over its steps), memory in bytes (largest rank)."""
+
+    row: str
+    round: int
+    total: float
+    phases: dict[str, float]
+    peak: int
+    peak_training: int
+    first_step: float
+    first_loss: float
+    last_loss: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A row over its turns; `against_original` and `against_ddp` say how many times as fast, pair by pair."""
+
+    row: str
+    label: str
+    turns: int
+    total: float
+    fastest: float
+    slowest: float
+    phases: dict[str, float]
+    tokens_per_second: float
+    peak: float
+    first_step: float
+    fall: float
+    last_loss: float
+    against_original: float | None
+    against_ddp: float | None
+
+
+def make_turn(row: str, number: int, ranks: Sequence[dict[str, Any]]) -> Turn:
+    """Reduce what the ranks reported: a step lasts as long as on its slowest rank."""
+    seconds = {
+        name: median(max(steps) for steps in zip(*(r["seconds"][name] for r in ranks), strict=True))
+        for name in (*PHASES, "total")
+    }
+    losses = ranks[0]["losses"]
+    return Turn(
+        row=row,
+        round=number,
+        total=seconds["total"],
+        phases={name: seconds[name] for name in PHASES},
+        peak=max(r["peak"] for r in ranks),
+        peak_training=max(r["peak_training"] for r in ranks),
+        first_step=max(r["first_step"] for r in ranks),
+        first_loss=losses[0],
+        last_loss=losses[-1],
+    )
+
+
+def summarise(turns: Sequence[Turn], tokens: int, label: Callable[[str], str]) -> list[Summary]:
+    """Summarise each row in order of first appearance; `tokens` are those of one step over all ranks."""
+    return [_summarise_row(row, turns, tokens, label(row)) for row in dict.fromkeys(t.row for t in turns)]
+
+
+def _summarise_row(row: str, turns: Sequence[Turn], tokens: int, name: str) -> Summary:
+    mine = [turn for turn in turns if turn.row == row]
+    total = median(t.total for t in mine)
+    return Summary(
+        row=row,
+        label=name,
+        turns=len(mine),
+        total=total,
+        fastest=min(t.total for t in mine),
+        slowest=max(t.total for t in mine),
+        phases={phase: median(t.phases[phase] for t in mine) for phase in PHASES},
+        tokens_per_second=tokens / total,
+        peak=median(t.peak for t in mine),
+        first_step=median(t.first_step for t in mine),
+        fall=median(t.first_loss - t.last_loss for t in mine),
+        last_loss=median(t.last_loss for t in mine),
+        against_original=_ratio(turns, row, row.replace("ours", "original")) if "ours" in row else None,
+        against_ddp=_ratio(turns, row, "ddp"),
+    )
+
+
+def _ratio(turns: Sequence[Turn], row: str, reference: str) -> float | None:
+    """How many times as fast as `reference`: the median over the rounds that have both."""
+    times = {(turn.row, turn.round): turn.total for turn in turns}
+    ratios = [
+        times[reference, number] / times[row, number]
+        for number in sorted({turn.round for turn in turns})
+        if (reference, number) in times and (row, number) in times
+    ]
+    return median(ratios) if ratios else None
+
+
+def render_table(summaries: Sequence[Summary]) -> str:
+    """Lay out the summaries as Markdown."""
+    titles = (
+        "row", "step ms", "min-max", "fwd", "bwd", "upd", "tokens/s", "peak MiB",
+        "x original", "x DDP", "last loss", "1st step s",
+    )  # fmt: skip
+    return markdown_table(titles, [_cells(s) for s in summaries])
+
+
+def _cells(s: Summary) -> list[str]:
+    times = [f"{s.phases[phase] * 1e3:.0f}" for phase in PHASES]
+    return [
+        s.label,
+        f"{s.total * 1e3:.0f}",
+        f"{s.fastest * 1e3:.0f}-{s.slowest * 1e3:.0f}",
+        *times,
+        f"{s.tokens_per_second:,.0f}",
+        f"{s.peak / MIB:.0f}",
+        _times(s.against_original),
+        _times(s.against_ddp),
+        f"{s.last_loss:.4f}",
+        f"{s.first_step:.1f}",
+    ]
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def verdicts(summaries: Sequence[Summary]) -> list[str]:
+    """Hold the figures against the goals: speed and memory beside the original, and equal losses."""
+    rows = {s.row: s for s in summaries}
+    lines = []
+    for row, mine in rows.items():
+        other = rows.get(row.replace("ours", "original"))
+        if not row.startswith("ours") or other is None or mine.against_original is None:
+            continue
+        lines.append(
+            f"- {mine.label}: {mine.against_original:.2f} times as fast as the original "
+            f"({_met(mine.against_original >= SPEED_GOAL, f'goal {SPEED_GOAL}')}); "
+            f"{mine.peak / MIB:.0f} MiB beside {other.peak / MIB:.0f} MiB "
+            f"({_met(mine.peak <= other.peak, 'goal: not above')})."
+        )
+    return [*lines, *_loss_verdict(summaries)]
+
+
+def _loss_verdict(summaries: Sequence[Summary]) -> list[str]:
+    # The row that only computes never updates, so its loss stands apart.
+    trained = [s for s in summaries if s.row != "compute"]
+    if len(trained) < 2:
+        return []
+    losses = [s.last_loss for s in trained]
+    fall = median(s.fall for s in trained)
+    share = (max(losses) - min(losses)) / fall if fall > 0 else float("inf")
+    verdict = _met(share <= LOSS_TOLERANCE, f"at most {LOSS_TOLERANCE:.0%}")
+    return [f"- The rows' last losses differ by {share:.1%} of the fall in loss ({verdict})."]
+
+
+def _met(good: bool, goal: str) -> str:
+    return f"{goal}, {'met' if good else 'NOT met'}"

@@ -1,0 +1,129 @@
+"""Measures what an engine adds to a training step of a tiny model: this project beside the original.
+
+    python benchmarks/overhead.py [--pairs 3] [--original-python PATH]
+
+World size 1, an MLP of 4 layers of width 64, fp32, AdamW. Engine and bare torch loop alternate
+within one process; the two engines alternate process by process.
+Results: overhead.json and overhead.md under benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from launch import HERE, interpreter_of, run_ranks
+from results import RESULTS, header, header_lines, markdown_table, write
+
+GOAL = 0.5
+NAMES = {"ours": "this project", "original": "original 0.19.8"}
+Records = dict[tuple[str, int], list[dict[str, Any]]]
+
+
+def main() -> None:
+    """Measure, print and write."""
+    options = parse(sys.argv[1:])
+    head = header(options.note)
+    records: Records = {}
+    for number in range(options.pairs):
+        for stage in options.stages:
+            for kind in NAMES:
+                record = measure(kind, stage, options)
+                records.setdefault((kind, stage), []).append(record)
+                print(
+                    f"pair {number + 1}  {NAMES[kind]}, stage {stage}: {added(record) * 1e6:.0f} us",
+                    file=sys.stderr,
+                )
+    print(report(records, head, options).read_text())
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", type=int, default=3, help="processes of each kind")
+    parser.add_argument("--turns", type=int, default=9, help="turns of either loop in a process")
+    parser.add_argument("--steps", type=int, default=200, help="steps of a turn")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--original-python", type=Path, help="a Python that has the original, instead of making one"
+    )
+    parser.add_argument("--note", default="", help="a sentence to print with the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    return parser.parse_args(arguments)
+
+
+def measure(kind: str, stage: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one process and return its record."""
+    arguments = ["--stage", str(stage), "--turns", str(options.turns), "--steps", str(options.steps)]
+    interpreter = interpreter_of(kind, options.original_python)
+    return run_ranks(interpreter, HERE / "overhead_worker.py", arguments, ranks=1, threads=1)[0]
+
+
+def added(record: dict[str, Any]) -> float:
+    """Seconds a step the engine adds: the median over turns of engine less bare."""
+    seconds = record["seconds"]
+    middle: float = median(e - b for e, b in zip(seconds["engine"], seconds["bare"], strict=True))
+    return middle
+
+
+def report(records: Records, head: dict[str, Any], options: argparse.Namespace) -> Path:
+    """Write JSON and Markdown; return the path of the page."""
+    medians = {key: median(added(record) for record in runs) for key, runs in records.items()}
+    rows = [_cells(kind, stage, records[kind, stage], medians) for kind, stage in records]
+    versions = {NAMES[kind]: runs[0]["versions"]["deepspeed"] for (kind, _), runs in records.items()}
+    versions["torch"] = next(iter(records.values()))[0]["versions"]["torch"]
+    document = {
+        **head,
+        "versions": versions,
+        "runs": [
+            {"kind": kind, "stage": stage, "added": [added(r) for r in runs], "records": runs}
+            for (kind, stage), runs in records.items()
+        ],
+    }
+    paragraphs = [
+        "# What the engine adds to a step",
+        "MLP of 4 layers of width 64, batch 8, fp32, AdamW, world size 1, one thread. "
+        "The bare loop is forward, backward, fused AdamW and zero_grad.",
+        *header_lines(head, versions),
+        markdown_table(
+            ["engine", "bare us", "engine us", "added us", "min-max", "share", "loss apart"], rows
+        ),
+        "\n".join(verdict(stage, medians) for stage in options.stages),
+        "*added*: median over processes of the median over turns of engine less bare. *share*: of what "
+        "the original adds at the same stage. *loss apart*: relative, between the two loops after the same steps.",
+    ]
+    return write("overhead", document, paragraphs, options.out)
+
+
+def _cells(
+    kind: str, stage: int, runs: list[dict[str, Any]], medians: dict[tuple[str, int], float]
+) -> list[str]:
+    each = [added(record) * 1e6 for record in runs]
+    bare, engine = (median(median(r["seconds"][name]) for r in runs) for name in ("bare", "engine"))
+    apart = max(abs(r["losses"]["engine"] / r["losses"]["bare"] - 1) for r in runs)
+    return [
+        f"{NAMES[kind]}, stage {stage}",
+        f"{bare * 1e6:.0f}",
+        f"{engine * 1e6:.0f}",
+        f"{medians[kind, stage] * 1e6:.0f}",
+        f"{min(each):.0f}-{max(each):.0f}",
+        f"{medians[kind, stage] / medians['original', stage]:.2f}" if kind == "ours" else "-",
+        f"{apart:.1e}",
+    ]
+
+
+def verdict(stage: int, medians: dict[tuple[str, int], float]) -> str:
+    """Hold a stage against the goal."""
+    share = medians["ours", stage] / medians["original", stage]
+    met = "met" if share <= GOAL else "NOT met"
+    return f"- Stage {stage}: {share:.2f} of what the original adds (goal: at most {GOAL}, {met})."
+
+
+if __name__ == "__main__":
+    main()

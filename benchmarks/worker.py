@@ -1,0 +1,115 @@
+"""One rank of one row: trains the model for some steps and writes what it measured as JSON.
+
+Started by compare.py, which sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from meter import Memory, write_record
+from model import Shape, batches, build_model
+from rows import Trainer, make_trainer, split_row
+
+
+def main() -> None:
+    """Train one row and write `OUT/rankR.json`."""
+    options = parse()
+    torch.set_num_threads(options.threads)
+    shape = Shape(**json.loads(options.shape))
+    rank = int(os.environ["RANK"])
+    kind, _ = split_row(options.row)
+    began = time.perf_counter()
+    start_group(kind)
+    trainer = make_trainer(options.row, build_model(shape), shape.batch)
+    record = train(trainer, shape, rank, options, began)
+    record["versions"] = versions(kind)
+    write_record(options.out, rank, record)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line compare.py writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--row", required=True)
+    parser.add_argument("--shape", required=True, help="the fields of Shape as JSON")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--warmup", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def start_group(kind: str) -> None:
+    """Start gloo the way the row's users do."""
+    if kind in ("ours", "original"):
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+    else:
+        dist.init_process_group("gloo")
+
+
+def train(
+    trainer: Trainer, shape: Shape, rank: int, options: argparse.Namespace, began: float
+) -> dict[str, Any]:
+    """Run warm-up and timed steps; times in seconds, memory in bytes."""
+    memory = Memory()
+    phases: dict[str, list[float]] = {"forward": [], "backward": [], "step": [], "total": []}
+    losses: list[float] = []
+    ready = 0.0
+    for index, batch in enumerate(batches(shape, rank, options.warmup + options.steps)):
+        if index == options.warmup:
+            memory.restart()
+            dist.barrier()
+        stamps = [time.perf_counter()]
+        loss = trainer.forward(*batch)
+        stamps.append(time.perf_counter())
+        trainer.backward(loss)
+        stamps.append(time.perf_counter())
+        trainer.step()
+        stamps.append(time.perf_counter())
+        losses.append(loss.item())
+        ready = ready or stamps[-1] - began
+        if index >= options.warmup:
+            spans = [late - early for early, late in pairwise(stamps)]
+            for name, span in zip(phases, [*spans, stamps[-1] - stamps[0]], strict=True):
+                phases[name].append(span)
+    return {
+        "seconds": phases,
+        "losses": mean_over_ranks(losses),
+        "first_step": ready,
+        "peak": memory.life_peak(),
+        "peak_training": memory.peak(),
+    }
+
+
+def mean_over_ranks(losses: list[float]) -> list[float]:
+    """Average the losses over ranks, so that every row reports the loss of the whole batch."""
+    total = torch.tensor(losses, dtype=torch.float64)
+    dist.all_reduce(total)
+    mean: list[float] = (total / dist.get_world_size()).tolist()
+    return mean
+
+
+def versions(kind: str) -> dict[str, str]:
+    """Name what was measured."""
+    found = {"torch": str(torch.__version__)}
+    if kind in ("ours", "original"):
+        import deepspeed
+
+        found["deepspeed"] = str(deepspeed.__version__)
+    return found
+
+
+if __name__ == "__main__":
+    main()

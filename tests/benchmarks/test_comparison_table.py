@@ -1,0 +1,81 @@
+"""The comparison's table says what the figures say."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module under test; benchmarks are scripts, so their folder joins the path for a moment."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("comparison_table")
+
+
+def rank(step: float, peak: int = 1 << 30, last_loss: float = 8.0) -> dict[str, Any]:
+    phases = {"forward": [step / 4] * 3, "backward": [step / 2] * 3, "step": [step / 4] * 3}
+    return {
+        "seconds": {**phases, "total": [step] * 3},
+        "losses": [9.0, last_loss],
+        "first_step": 1.0,
+        "peak": peak,
+        "peak_training": peak,
+    }
+
+
+def test_a_step_lasts_as_long_as_on_its_slowest_rank(table: ModuleType) -> None:
+    turn = table.make_turn("ddp", 0, [rank(0.4, peak=1), rank(0.5, peak=2)])
+
+    assert (turn.total, turn.peak, turn.first_loss, turn.last_loss) == (0.5, 2, 9.0, 8.0)
+    assert turn.phases == {"forward": 0.125, "backward": 0.25, "step": 0.125}
+
+
+def test_ratios_are_taken_within_a_round(table: ModuleType) -> None:
+    # The machine is three times as slow in the second round; the ratio of a pair does not care.
+    turns = [
+        table.make_turn(row, number, [rank(seconds * slow)])
+        for number, slow in enumerate((1.0, 3.0))
+        for row, seconds in (("ours:1", 0.4), ("original:1", 0.6), ("ddp", 0.5))
+    ]
+
+    ours, original, ddp = table.summarise(turns, 1024, str)
+
+    assert ours.against_original == pytest.approx(1.5)
+    assert ours.against_ddp == pytest.approx(1.25)
+    assert original.against_original is None
+    assert (ddp.total, ddp.fastest, ddp.slowest) == pytest.approx((1.0, 0.5, 1.5))
+    assert ddp.tokens_per_second == pytest.approx(1024)
+
+
+def test_the_page_shows_every_row_and_holds_it_against_the_goals(table: ModuleType) -> None:
+    turns = [
+        table.make_turn("ours:2", 0, [rank(0.4, peak=900 << 20)]),
+        table.make_turn("original:2", 0, [rank(0.6, peak=950 << 20)]),
+    ]
+    summaries = table.summarise(turns, 1024, str)
+
+    lines = table.render_table(summaries).splitlines()
+    speed, loss = table.verdicts(summaries)
+
+    assert len({len(line) for line in lines}) == 1
+    assert [line.split()[1] for line in lines[2:]] == ["ours:2", "original:2"]
+    assert "1.50 times as fast" in speed
+    assert speed.count(", met") == 2
+    assert ", met" in loss
+
+
+def test_a_row_that_learns_otherwise_is_shown(table: ModuleType) -> None:
+    turns = [
+        table.make_turn(row, 0, [rank(0.5, last_loss=end)]) for row, end in (("ddp", 8.0), ("fsdp2", 8.2))
+    ]
+
+    (loss,) = table.verdicts(table.summarise(turns, 1024, str))
+
+    assert "NOT met" in loss
