@@ -38,7 +38,7 @@ class EngineAccessors(nn.Module):
 
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches per optimizer step."""
-        return self.batch.gas or 1
+        return self.batch.gas
 
     # -- numbers ----------------------------------------------------------------------------------
 
@@ -132,7 +132,8 @@ class EngineAccessors(nn.Module):
 
     def zero_use_cpu_optimizer(self) -> bool:
         """Whether optimizer state lives in host memory beside a device."""
-        return self.settings.zero_optimization.offload_optimizer is not None
+        offload = self.settings.zero_optimization.offload_optimizer
+        return offload is not None and offload.device != "none"
 
     zero_cpu_offload = zero_use_cpu_optimizer
 

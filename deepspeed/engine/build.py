@@ -15,7 +15,7 @@ from torch import nn
 
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
-from deepspeed.config import DeepSpeedConfig
+from deepspeed.config import DeepSpeedConfig, resolve_scheduler
 from deepspeed.config.batch import BatchSizes
 from deepspeed.data import DeepSpeedDataLoader
 from deepspeed.engine.feature import Feature
@@ -232,10 +232,10 @@ def _schedule(settings: DeepSpeedConfig, client: Any, optimizer: ZeroOptimizer |
         return None
     if client is not None:
         return client if hasattr(client, "step") else client(optimizer)
-    section = settings.scheduler
-    if section is None or section.type is None:
+    if settings.scheduler is None or settings.scheduler.type is None:
         return None
-    return build_scheduler(section.type, dict(section.params or {}), optimizer)
+    resolve_scheduler(settings, optimizer_lr=optimizer.param_groups[0].get("lr"))
+    return build_scheduler(settings.scheduler.type, dict(settings.scheduler.params or {}), optimizer)
 
 
 def _make_loader(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deepspeed.common.logging import announce, logger
+from deepspeed.common.logging import logger
 from deepspeed.engine.accessors import EngineAccessors
 from deepspeed.engine.feature import Feature
 from deepspeed.engine.inputs import InputRules, tensors_in
@@ -104,8 +104,8 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
                 'train_micro_batch_size_per_gpu: "auto" is read from the first tensor given to forward, and '
                 "there was none; set it in the configuration"
             )
-        self.batch = self.batch.complete(micro=first.shape[0])
-        announce(f"batch sizes from the first batch: {self.batch}")
+        self.batch = self.settings.complete_batch(first.shape[0], "leading dimension of the first batch")
+        self.settings.announce_resolutions()
 
     def watch_outputs(self, output: Any) -> None:
         """See any backward through the outputs, so that a plain ``loss.backward()`` is reduced too."""
@@ -252,10 +252,12 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the global batch by changing the accumulation steps; the micro-batch stays."""
         self.batch = self.batch.with_train(train_batch_size)
+        self.settings.set_batch(self.batch, "set_train_batch_size")
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Change the micro-batch; the accumulation steps stay and the global batch follows."""
         self.batch = self.batch.with_micro(micro_batch_size)
+        self.settings.set_batch(self.batch, "set_train_micro_batch_size")
 
     # -- the rest ---------------------------------------------------------------------------------
 

@@ -12,8 +12,7 @@ from torch import nn
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.common.logging import log_dist
-from deepspeed.config import DeepSpeedConfig, load_config
-from deepspeed.config.auto import resolve_from_model
+from deepspeed.config import load_config, resolve_from_model
 from deepspeed.engine.build import build_parts
 from deepspeed.engine.engine import DeepSpeedEngine
 from deepspeed.engine.watch import OutputWatch
