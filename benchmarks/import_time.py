@@ -18,7 +18,7 @@ from launch import child_environment, interpreter_of
 from results import RESULTS, header, header_lines, markdown_table, write
 
 GOAL = 0.25
-NAMES = {"ours": "this project", "original": "original 0.19.8"}
+NAMES = {"ours": "this project", "original": "original DeepSpeed"}
 PROBE = """
 import json, sys, time
 a = time.perf_counter()
@@ -76,7 +76,8 @@ def report(runs: dict[str, list[dict[str, Any]]], head: dict[str, Any], out: Pat
     """Write JSON and Markdown; return the path of the page."""
     versions = {NAMES[kind]: records[0]["versions"]["deepspeed"] for kind, records in runs.items()}
     versions["torch"] = runs["ours"][0]["versions"]["torch"]
-    mine = median(record["added"] for record in runs["ours"])
+    mine = median(record["used"] for record in runs["ours"])
+    met = "met" if mine <= GOAL else "NOT met"
     paragraphs = [
         "# What `import deepspeed` adds to `import torch`",
         *header_lines(head, versions),
@@ -84,8 +85,9 @@ def report(runs: dict[str, list[dict[str, Any]]], head: dict[str, Any], out: Pat
             ["package", "added s", "min-max", "with initialize s", "import torch s", "modules"],
             [_cells(NAMES[kind], records) for kind, records in runs.items()],
         ),
-        "*with initialize*: until `deepspeed.initialize` is at hand: a package may import it at first use.",
-        f"- This project adds {mine:.2f} s (goal: at most {GOAL}, {'met' if mine <= GOAL else 'NOT met'}).",
+        "*with initialize*: until `deepspeed.initialize` is at hand. A package may import it at first use, "
+        "so the goal is held against this figure.",
+        f"- This project adds {mine:.2f} s until it can be used (goal: at most {GOAL}, {met}).",
     ]
     return write("import_time", {**head, "versions": versions, "runs": runs}, paragraphs, out)
 

@@ -21,6 +21,7 @@ from results import RESULTS, header, header_lines, markdown_table, write
 
 GOAL = 0.5
 NAMES = {"ours": "this project", "original": "original 0.19.8"}
+PACKAGES = {"ours": "this project", "original": "original DeepSpeed"}
 Records = dict[tuple[str, int], list[dict[str, Any]]]
 
 
@@ -76,7 +77,7 @@ def report(records: Records, head: dict[str, Any], options: argparse.Namespace) 
     """Write JSON and Markdown; return the path of the page."""
     medians = {key: median(added(record) for record in runs) for key, runs in records.items()}
     rows = [_cells(kind, stage, records[kind, stage], medians) for kind, stage in records]
-    versions = {NAMES[kind]: runs[0]["versions"]["deepspeed"] for (kind, _), runs in records.items()}
+    versions = {PACKAGES[kind]: runs[0]["versions"]["deepspeed"] for (kind, _), runs in records.items()}
     versions["torch"] = next(iter(records.values()))[0]["versions"]["torch"]
     document = {
         **head,
@@ -96,7 +97,8 @@ def report(records: Records, head: dict[str, Any], options: argparse.Namespace) 
         ),
         "\n".join(verdict(stage, medians) for stage in options.stages),
         "*added*: median over processes of the median over turns of engine less bare. *share*: of what "
-        "the original adds at the same stage. *loss apart*: relative, between the two loops after the same steps.",
+        "the original adds at the same stage. *loss apart*: relative, "
+        "between the two loops after the first steps.",
     ]
     return write("overhead", document, paragraphs, options.out)
 

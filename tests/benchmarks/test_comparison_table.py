@@ -59,13 +59,14 @@ def test_the_page_shows_every_row_and_holds_it_against_the_goals(table: ModuleTy
         table.make_turn("ours:2", 0, [rank(0.4, peak=900 << 20)]),
         table.make_turn("original:2", 0, [rank(0.6, peak=950 << 20)]),
     ]
+    turns.append(table.make_turn("ddp", 0, [rank(0.5)]))
     summaries = table.summarise(turns, 1024, str)
 
     lines = table.render_table(summaries).splitlines()
     speed, loss = table.verdicts(summaries)
 
     assert len({len(line) for line in lines}) == 1
-    assert [line.split()[1] for line in lines[2:]] == ["ours:2", "original:2"]
+    assert [line.split()[1] for line in lines[2:]] == ["ours:2", "original:2", "ddp"]
     assert "1.50 times as fast" in speed
     assert speed.count(", met") == 2
     assert ", met" in loss
@@ -73,7 +74,7 @@ def test_the_page_shows_every_row_and_holds_it_against_the_goals(table: ModuleTy
 
 def test_a_row_that_learns_otherwise_is_shown(table: ModuleType) -> None:
     turns = [
-        table.make_turn(row, 0, [rank(0.5, last_loss=end)]) for row, end in (("ddp", 8.0), ("fsdp2", 8.2))
+        table.make_turn(row, 0, [rank(0.5, last_loss=end)]) for row, end in (("ddp", 8.0), ("ours:0", 8.2))
     ]
 
     (loss,) = table.verdicts(table.summarise(turns, 1024, str))
