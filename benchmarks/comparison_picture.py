@@ -45,9 +45,11 @@ def draw(summaries: Sequence[Summary], title: str, path: Path) -> None:
 
 def _draw_times(axes: Any, summaries: Sequence[Summary]) -> None:
     for place, s in enumerate(summaries):
+        # Medians of phases do not add up to the median of their sum; the bar is to be as long as the latter.
+        stretch = s.total / sum(s.phases.values())
         left = 0.0
         for phase in PHASES:
-            width = s.phases[phase] * 1e3
+            width = s.phases[phase] * stretch * 1e3
             axes.barh(place, width, left=left, color=_tint(s), alpha=_OPACITY[phase], height=0.7)
             left += width
         total = s.total * 1e3
@@ -56,7 +58,8 @@ def _draw_times(axes: Any, summaries: Sequence[Summary]) -> None:
         axes.annotate(
             f"{total:.0f}", (s.slowest * 1e3, place), (5, 0), textcoords="offset points", va="center"
         )
-    axes.set_xlabel("ms a step: forward, backward, update (light to dark); whiskers: fastest and slowest run")
+    axes.margins(x=0.1)
+    axes.set_xlabel("ms a step: forward, backward, update; whiskers: fastest and slowest run")
 
 
 def _draw_memory(axes: Any, summaries: Sequence[Summary]) -> None:
@@ -65,6 +68,7 @@ def _draw_memory(axes: Any, summaries: Sequence[Summary]) -> None:
         axes.annotate(
             f"{s.peak / MIB:.0f}", (s.peak / MIB, place), (5, 0), textcoords="offset points", va="center"
         )
+    axes.margins(x=0.1)
     axes.set_xlabel("peak resident MiB of a rank")
 
 
