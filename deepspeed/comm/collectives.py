@@ -18,8 +18,6 @@ from deepspeed.comm import direct
 from deepspeed.comm.log import logged, nbytes, total_nbytes
 from deepspeed.errors import UsageError
 
-SMALL_NUMEL = 2**14  # an all-reduce below this is one message; two rounds would only add latency
-
 if hasattr(dist, "all_gather_single"):
     _torch_all_gather: Any = dist.all_gather_single
     _torch_reduce_scatter: Any = dist.reduce_scatter_single
@@ -59,20 +57,8 @@ def reduce_scatter_single(
 
 @logged("all_reduce", lambda tensor, *_, **__: nbytes(tensor))
 def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
-    """Reduce `tensor` over the ranks of `group`, in place.
-
-    Large 16-bit tensors of CPU ranks are summed in fp32. Returns a Work when `async_op`, else None.
-    """
-    narrow = tensor.is_floating_point() and tensor.element_size() < 4
-    if async_op or not narrow or tensor.numel() < SMALL_NUMEL or op not in direct.REDUCIBLE:
-        return dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
-    if not direct.is_direct(group, tensor):
-        return dist.all_reduce(tensor, op=op, group=group)
-    chunks = tensor.view(-1).tensor_split(dist.get_world_size(group))
-    mine = chunks[dist.get_rank(group)]
-    direct.ReduceWork(mine, chunks, op, group, at_once=False).wait()
-    direct.gather(chunks, mine, group).wait()
-    return None
+    """Reduce `tensor` over the ranks of `group`, in place; returns a Work when `async_op`, else None."""
+    return dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
 
 
 @logged("all_gather", lambda outputs, *_, **__: total_nbytes(outputs))

@@ -1,0 +1,125 @@
+"""The data loader of a rank: every rank sees its own part of each epoch, and each epoch another order.
+
+    map-style dataset   torch's DistributedSampler: shuffled from `seed` and the epoch, the same on all ranks
+    iterable dataset    rank r takes items r, r + world, r + 2 * world, ... of the stream
+    sampler given       used as it is; its owner decides what each rank sees
+
+Note [Last batch]
+A rank's last batch may be smaller than `batch_size`, unless `drop_last`. Every rank yields equally many
+batches: a map-style dataset that the ranks do not divide is filled up with items from its beginning, or cut
+with `drop_last`; of an iterable one the last items that do not make a whole round of the ranks are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
+
+from deepspeed.errors import ConfigError
+
+
+class DeepSpeedDataLoader:
+    """Load this rank's batches; each ``iter()`` begins the next epoch.
+
+    Args:
+        dataset: map-style, or iterable. An iterable dataset that shards itself (it has a true attribute
+            ``handles_sharding``) is read as it comes.
+        batch_size: samples per batch of this rank (the micro-batch).
+        collate_fn: how samples become a batch; torch's default if None.
+        num_workers: loading processes of this rank.
+        drop_last: see note [Last batch].
+        rank, world_size: place among the data-parallel ranks; those of torch.distributed if None.
+        seed: of the shuffling.
+        sampler: replaces the sampling by rank.
+        pin_memory: put batches into page-locked memory.
+
+    `epoch` is the epoch that the next ``iter()`` begins. Raises ConfigError for a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        collate_fn: Callable[..., Any] | None = None,
+        num_workers: int = 0,
+        drop_last: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+        seed: int = 0,
+        sampler: Any = None,
+        pin_memory: bool = False,
+        shuffle: bool = True,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: expected at least 1, got {batch_size}")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.epoch = 0
+        started = dist.is_initialized()
+        place = (
+            rank if rank is not None else (dist.get_rank() if started else 0),
+            world_size if world_size is not None else (dist.get_world_size() if started else 1),
+        )
+        source = dataset
+        if isinstance(dataset, IterableDataset):
+            source = dataset if getattr(dataset, "handles_sharding", False) else RankStream(dataset, *place)
+        elif sampler is None:
+            sampler = DistributedSampler(
+                dataset, place[1], place[0], shuffle=shuffle, seed=seed, drop_last=drop_last
+            )
+        self.sampler = self.data_sampler = sampler
+        self.dataloader: DataLoader[Any] = DataLoader(
+            source,
+            batch_size,
+            sampler=sampler,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            drop_last=drop_last,
+            pin_memory=pin_memory,
+        )
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch (TypeError for a stream of unknown length, as in torch)."""
+        return len(self.dataloader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for part in (self.sampler, self.dataset):
+            set_epoch = getattr(part, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(self.epoch)
+        self.epoch += 1
+        return iter(self.dataloader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next ``iter()`` begins."""
+        self.epoch = epoch
+
+
+class RankStream(IterableDataset[Any]):
+    """One rank's items of a stream, in whole rounds: every rank gets equally many.
+
+    With loading processes, whole rounds are dealt out among them in turn.
+    """
+
+    def __init__(self, stream: Dataset[Any], rank: int, world_size: int) -> None:
+        self.stream: Iterable[Any] = stream  # type: ignore[assignment]
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        items = iter(self.stream)
+        index = 0
+        while len(round_ := list(islice(items, self.world_size))) == self.world_size:
+            if index % workers == worker:
+                yield round_[self.rank]
+            index += 1
+
+    def __len__(self) -> int:
+        return len(self.stream) // self.world_size  # type: ignore[arg-type]
