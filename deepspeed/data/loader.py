@@ -84,7 +84,7 @@ class DeepSpeedDataLoader:
         )
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch (TypeError for a stream of unknown length, as in torch)."""
+        """Return the number of batches in an epoch; a stream without a length has none (TypeError)."""
         return len(self.dataloader)
 
     def __iter__(self) -> Iterator[Any]:

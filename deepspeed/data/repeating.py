@@ -27,8 +27,8 @@ class RepeatingLoader:
             return next(self.data_iter)
         except StopIteration:
             raise UsageError(
-                "RepeatingLoader: expected a loader that can be iterated again and yields batches, got an empty "
-                "or used-up one; give it a DataLoader or a list, not a generator"
+                "RepeatingLoader: expected a loader that can be iterated again and yields batches, got "
+                "an empty or used-up one; give it a DataLoader or a list, not a generator"
             ) from None
 
     def __len__(self) -> int:

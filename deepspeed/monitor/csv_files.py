@@ -11,7 +11,7 @@ from deepspeed.monitor.base import Event, output_folder
 
 
 class CsvMonitor:
-    """Append to ``<output_path>/<job_name>/<name>.csv``; ``Train/Samples/lr`` becomes ``Train_Samples_lr.csv``."""
+    """Append to files in ``<output_path>/<job_name>``: ``Train/Samples/lr`` to ``Train_Samples_lr.csv``."""
 
     def __init__(self, output_path: str = "", job_name: str = "DeepSpeedJobName") -> None:
         self.folder = output_folder(output_path, job_name, "csv_monitor")

@@ -25,7 +25,8 @@ def data_parallel_group(mpu: Any = None, mesh: Any = None) -> dist.ProcessGroup 
         return None
     if isinstance(mesh, DeviceMesh):
         return _axis_group(mesh)
-    return _group_of_sizes(tuple(mesh))
+    _check_sizes(tuple(mesh))
+    return None
 
 
 def _axis_group(mesh: DeviceMesh) -> dist.ProcessGroup:
@@ -38,15 +39,15 @@ def _axis_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     raise ConfigError(f"mesh_param: expected a mesh with an axis data_parallel or dp, got the axes {names}")
 
 
-def _group_of_sizes(sizes: tuple[int, ...]) -> None:
+def _check_sizes(sizes: tuple[int, ...]) -> None:
     world = dist.get_world_size() if dist.is_initialized() else 1
     if len(sizes) != 2 or sizes[0] * sizes[1] != world:
         raise ConfigError(
-            f"mesh_param: expected (data parallel size, sequence parallel size) with product {world}, the number "
-            f"of ranks, got {sizes}"
+            f"mesh_param: expected (data parallel size, sequence parallel size) with product {world}, the "
+            f"number of ranks, got {sizes}"
         )
     if sizes[1] > 1:
         raise NotBuiltError(
-            f"mesh_param: expected a sequence parallel size of 1, got {sizes[1]}; sequence parallelism is not "
-            "built yet"
+            f"mesh_param: expected a sequence parallel size of 1, got {sizes[1]}; sequence parallelism is "
+            "not built yet"
         )
