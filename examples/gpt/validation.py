@@ -20,10 +20,8 @@ def validate(engine: DeepSpeedEngine, windows: np.ndarray) -> float:
         first = start + AT_ONCE * comm.get_rank()
         mine = windows[first : first + AT_ONCE]
         count = len(mine)
-        if (
-            count == 0
-        ):  # forward may be collective: a rank with nothing left runs one window that does not count
-            mine = windows[:1]
+        if count == 0:
+            mine = windows[:1]  # forward may be collective, so a rank with nothing left runs one uncounted
         text = torch.from_numpy(mine).long()
         with torch.no_grad():
             nats += count * float(engine(text[:, :-1], text[:, 1:]))
