@@ -36,6 +36,8 @@ class DeepSpeedDataLoader:
         seed: of the shuffling.
         sampler: replaces the sampling by rank.
         pin_memory: put batches into page-locked memory.
+        shuffle: whether epochs are in random order (map-style datasets).
+        data_sampler, num_local_io_workers: the original's names of `sampler` and `num_workers`.
 
     `epoch` is the epoch that the next ``iter()`` begins. Raises ConfigError for a batch size below 1.
     """
@@ -54,9 +56,12 @@ class DeepSpeedDataLoader:
         sampler: Any = None,
         pin_memory: bool = False,
         shuffle: bool = True,
+        data_sampler: Any = None,
+        num_local_io_workers: int | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size: expected at least 1, got {batch_size}")
+        sampler = sampler if sampler is not None else data_sampler
         self.dataset = dataset
         self.batch_size = batch_size
         self.epoch = 0
@@ -78,7 +83,7 @@ class DeepSpeedDataLoader:
             batch_size,
             sampler=sampler,
             collate_fn=collate_fn,
-            num_workers=num_workers,
+            num_workers=num_workers if num_local_io_workers is None else num_local_io_workers,
             drop_last=drop_last,
             pin_memory=pin_memory,
         )

@@ -29,7 +29,7 @@ class ProcessTopology:
             raise ConfigError(f"dims: expected sizes of at least 1, got {list(dims)}")
         self.axes = list(axes)
         self.dims = list(dims)
-        self.ProcessCoord = namedtuple("ProcessCoord", self.axes)  # type: ignore[misc]
+        self.ProcessCoord: Any = namedtuple("ProcessCoord", self.axes)  # type: ignore[misc]
 
     def world_size(self) -> int:
         """Return the number of ranks."""
@@ -58,7 +58,7 @@ class ProcessTopology:
         """Return the coordinates of `rank` as a named tuple with a field per axis."""
         if not 0 <= rank < self.world_size():
             raise UsageError(f"get_coord: expected a rank from 0 to {self.world_size() - 1}, got {rank}")
-        coords = []
+        coords: list[int] = []
         for size in reversed(self.dims):
             rank, coord = divmod(rank, size)
             coords.append(coord)

@@ -1,0 +1,22 @@
+"""A line about memory in use, for scripts that ask for one."""
+
+from __future__ import annotations
+
+import psutil
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.common.logging import announce
+
+GIB = 2**30
+
+
+def see_memory_usage(message: str, force: bool = False) -> None:
+    """With `force`, print device and host memory in GiB after `message`, on rank 0."""
+    if not force:
+        return
+    device, host = get_accelerator(), psutil.virtual_memory()
+    announce(
+        f"{message} | {device.device_name()}: {device.memory_allocated() / GIB:.2f} GiB, "
+        f"peak {device.max_memory_allocated() / GIB:.2f} | reserved {device.memory_reserved() / GIB:.2f}, "
+        f"peak {device.max_memory_reserved() / GIB:.2f} | host {host.used / GIB:.2f} GiB, {host.percent}%"
+    )

@@ -1,0 +1,77 @@
+"""The import paths the original used, as one table; no logic lives here.
+
+    from deepspeed.runtime.lr_schedules import WarmupLR      is      from deepspeed.schedules import WarmupLR
+
+Every module of the table exists as soon as ``deepspeed.runtime`` is imported, and imports a name when it is
+first used.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+from deepspeed.common.lazy import lazy_names
+
+# old module -> old name -> "module that has it" or "module:its name there"
+TABLE: dict[str, dict[str, str]] = {
+    "base_optimizer": {
+        "DeepSpeedOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer",
+        "ZeROOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer",
+    },
+    "bf16_optimizer": {"BF16_Optimizer": "deepspeed.zero.optimizer:ZeroOptimizer"},
+    "config": {
+        "DeepSpeedConfig": "deepspeed.config",
+        "DeepSpeedConfigError": "deepspeed.errors:ConfigError",
+    },
+    "config_utils": {"DeepSpeedConfigModel": "deepspeed.config.base:Section"},
+    "dataloader": {"DeepSpeedDataLoader": "deepspeed.data", "RepeatingLoader": "deepspeed.data"},
+    "engine": {"DeepSpeedEngine": "deepspeed.engine.engine"},
+    "fp16": {},
+    "fp16.fused_optimizer": {"FP16_Optimizer": "deepspeed.zero.optimizer:ZeroOptimizer"},
+    "fp16.loss_scaler": {
+        "DynamicLossScaler": "deepspeed.precision.loss_scaler",
+        "LossScaler": "deepspeed.precision.loss_scaler:StaticLossScaler",
+    },
+    "fp16.unfused_optimizer": {"FP16_UnfusedOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer"},
+    "lr_schedules": dict.fromkeys(
+        ("LRRangeTest", "OneCycle", "VALID_LR_SCHEDULES", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"),
+        "deepspeed.schedules",
+    ),
+    "pipe": {},
+    "pipe.topology": {
+        "PipeDataParallelTopology": "deepspeed.parallel.topology",
+        "PipeModelDataParallelTopology": "deepspeed.parallel.topology",
+        "ProcessTopology": "deepspeed.parallel.topology",
+    },
+    "utils": {
+        "move_to_device": "deepspeed.common.nested",
+        "see_memory_usage": "deepspeed.common.memory",
+        "set_random_seed": "deepspeed.common.seeds",
+    },
+    "zero": {},
+    "zero.config": {"DeepSpeedZeroConfig": "deepspeed.config.zero:ZeroSection"},
+    "zero.offload_config": {
+        "DeepSpeedZeroOffloadOptimizerConfig": "deepspeed.config.zero:OffloadOptimizerSection",
+        "DeepSpeedZeroOffloadParamConfig": "deepspeed.config.zero:OffloadParamSection",
+    },
+    "zero.stage_1_and_2": {"DeepSpeedZeroOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer"},
+}
+
+
+def _register(table: Mapping[str, Mapping[str, str]]) -> None:
+    """Put a module for each path of the table where ``import`` looks first, and into its parent."""
+    for path, names in table.items():
+        name = f"{__name__}.{path}"
+        module = ModuleType(name, f"The names of ``{name}``, from where they live now.")
+        module.__spec__ = ModuleSpec(name, None, is_package=True)
+        module.__path__ = []
+        module.__dict__.update(__all__=sorted(names), __getattr__=lazy_names(name, names))
+        sys.modules[name] = module
+        parent, _, child = name.rpartition(".")
+        setattr(sys.modules[parent], child, module)
+
+
+_register(TABLE)
