@@ -22,7 +22,7 @@ from gpt.errors import UserError
 
 SPLIT_SEED = 20
 VALIDATION_SHARE = 0.05
-VALIDATION_LIMIT = 256 * 1024  # bytes that are scored: enough for two digits after the point
+VALIDATION_LIMIT = 128 * 1024  # bytes that are scored, from all over the validation files
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
 
 Document = tuple[str, bytes]  # where it came from, its bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -41,8 +42,12 @@ def describe(corpus: Corpus, validation: np.ndarray, engine: DeepSpeedEngine) ->
         f"Text:  {len(corpus.train):,} bytes of {len(corpus.train_names):,} files to train on, "
         f"{validation[:, 1:].size:,} bytes of {len(corpus.validation_names):,} others to validate\n"
         f"Model: {weights:,} weights, {shape.layers} layers of {shape.dim}, {shape.seq} bytes of context, "
-        f"{engine.dp_world_size} ranks on {engine.device.type}, ZeRO stage {engine.zero_optimization_stage()}"
+        f"ZeRO stage {engine.zero_optimization_stage()} on {_count(engine.dp_world_size, engine.device.type)}"
     )
+
+
+def _count(ranks: int, device: str) -> str:
+    return f"{ranks} {device} rank{'s' if ranks > 1 else ''}"
 
 
 def scores(result: Result) -> str:
@@ -76,19 +81,27 @@ def draw(result: Result, path: Path) -> bool:
 
 def next_steps(args: argparse.Namespace, ranks: int, seconds: float) -> str:
     """Return the commands that continue, sample and change this run."""
-    start = f"deepspeed --num_gpus {ranks} examples/pretrain_gpt.py --deepspeed"
-    if args.deepspeed_config:
-        start += f" --deepspeed_config {shlex.quote(args.deepspeed_config)}"
-    if args.data:
-        start += f" --data {shlex.join(args.data)}"
-    here = Path(args.output)
+    script, here = Path(sys.argv[0]), Path(args.output)
+    launch = "python" if ranks == 1 else f"deepspeed --num_gpus {ranks}"
+    start = f"{launch} {shlex.quote(str(script))}{_flags(args, 'deepspeed_config', 'data', 'batch', 'lr')}"
     weights, output = shlex.quote(str(here / WEIGHTS)), shlex.quote(f"{here}-2")
     onward = f"--init-from {weights} --steps {args.steps} --seed {args.seed + 1} --output {output}"
+    sample = shlex.join(["python", str(script.with_name("sample_gpt.py")), str(here), "--prompt", "class "])
     return "\n".join(
         (
             f"Took {minutes(seconds)}. Results are in {here}/.",
             f"Continue:    {start} {onward}",
-            f"More text:   python examples/sample_gpt.py {shlex.quote(str(here))} --prompt 'class '",
+            f"More text:   {sample}",
             f"Another one: {start} --layers 6 --dim 384 --steps 2000     (--help lists all options)",
         )
     )
+
+
+def _flags(args: argparse.Namespace, *names: str) -> str:
+    """Return the options of these names as they were given, each with a space in front."""
+    words = ["--deepspeed"] if args.deepspeed else []
+    for name in names:
+        value = getattr(args, name)
+        if value:
+            words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    return f" {shlex.join(words)}" if words else ""
