@@ -1,7 +1,11 @@
 """Learning-rate schedules: WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest, torch's by name.
 
-A schedule sets the rate of iteration 0 when it is made, and of iteration n after its n-th step. It advances
-once per applied update. Each param group keeps its own base rate.
+A schedule sets the rate of iteration 0 when it is made and advances once per applied update. Each param group
+keeps its own base rate.
+
+Note [Warm-up starts one step late]
+After n steps the cyclic schedules stand at iteration n, the warm-up schedules at iteration n - 1: two updates
+use the rate of iteration 0. The original counts so, and curves recorded with it must be met again.
 """
 
 from __future__ import annotations
@@ -38,6 +42,9 @@ class Schedule:
         TypeError: `optimizer` has no param groups.
     """
 
+    late = 0
+    """Iterations behind the number of steps; see Note [Warm-up starts one step late]."""
+
     def __init__(self, optimizer: HasGroups, last_batch_iteration: int = -1) -> None:
         if not isinstance(getattr(optimizer, "param_groups", None), list):
             raise TypeError(f"optimizer: expected one with param_groups, got {type(optimizer).__name__}")
@@ -48,7 +55,7 @@ class Schedule:
     def _start(self) -> None:
         """Apply the first rates; subclasses call this when their options are set."""
         if self.last_batch_iteration == -1:
-            self._apply(0)
+            self._apply()
 
     def rates(self, iteration: int) -> list[float]:
         """Return the learning rate of each group at `iteration`."""
@@ -63,9 +70,15 @@ class Schedule:
         if last_batch_iteration is None:
             last_batch_iteration = self.last_batch_iteration + 1
         self.last_batch_iteration = last_batch_iteration
-        self._last_lr = self._apply(last_batch_iteration + 1)
+        self._last_lr = self._apply()
 
-    def _apply(self, iteration: int) -> list[float]:
+    @property
+    def iteration(self) -> int:
+        """The iteration whose rates hold now."""
+        return max(0, self.last_batch_iteration + 1 - self.late)
+
+    def _apply(self) -> list[float]:
+        iteration = self.iteration
         rates = self.rates(iteration)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -79,7 +92,7 @@ class Schedule:
 
     def get_lr(self) -> list[float]:
         """Return the rates of the present iteration."""
-        return self.rates(self.last_batch_iteration + 1)
+        return self.rates(self.iteration)
 
     def get_last_lr(self) -> list[float]:
         """Return the rates that the last `step` set."""
@@ -93,7 +106,7 @@ class Schedule:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where another schedule stopped; the rates are set at once."""
         self.last_batch_iteration = state_dict["last_batch_iteration"]
-        self._last_lr = self._apply(self.last_batch_iteration + 1)
+        self._last_lr = self._apply()
 
     def _per_group(self, name: str, value: PerGroup) -> list[float]:
         groups = len(self.optimizer.param_groups)
@@ -232,6 +245,8 @@ class WarmupLR(Schedule):
         last_batch_iteration: iteration to continue from.
     """
 
+    late = 1
+
     def __init__(
         self,
         optimizer: HasGroups,
@@ -299,6 +314,8 @@ class WarmupCosineLR(Schedule):
         warmup_type: "log" or "linear".
         last_batch_iteration: iteration to continue from.
     """
+
+    late = 1
 
     def __init__(
         self,
@@ -380,7 +397,8 @@ def build_scheduler(type_name: str, params: dict[str, Any], optimizer: torch.opt
     Raises:
         ConfigError: no such schedule or argument; the message names the nearest one.
     """
-    cls: Any = _SCHEDULES.get(type_name) or getattr(torch_schedules, type_name, None)
+    found: dict[str, Any] = {**vars(torch_schedules), **_SCHEDULES}
+    cls: Any = found.get(type_name)
     if not inspect.isclass(cls) or not hasattr(cls, "step"):
         known = [*VALID_LR_SCHEDULES, *(name for name in vars(torch_schedules) if name[0].isupper())]
         raise ConfigError(

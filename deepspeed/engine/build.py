@@ -192,8 +192,8 @@ def _check_all_named(inner: torch.optim.Optimizer, named: list[tuple[str, nn.Par
         for param in group["params"]:
             if id(param) not in known:
                 raise ConfigError(
-                    f"optimizer: expected parameters of the model, got a tensor of shape {tuple(param.shape)} in "
-                    f"param group {index} that the model does not have; build the optimizer after the model"
+                    f"optimizer: expected parameters of the model, got a tensor of shape {tuple(param.shape)} "
+                    f"in param group {index} that the model does not have; build the optimizer after the model"
                 )
 
 
@@ -227,7 +227,7 @@ def _place_rest(
 
 
 def _schedule(settings: DeepSpeedConfig, client: Any, optimizer: ZeroOptimizer | None) -> Any:
-    """Take the user's schedule, or make the configured one; without an optimizer there is nothing to schedule."""
+    """Take the user's schedule, or make the configured one; without an optimizer there is none."""
     if optimizer is None:
         return None
     if client is not None:

@@ -163,7 +163,8 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         """Multiply a loss by the loss scale, for a ``backward()`` called on the result itself."""
         optimizer, _ = self._training_parts("scale")
         self._scaled = True
-        return loss.float() * optimizer.loss_scale
+        scaled: Tensor = loss.float() * optimizer.loss_scale
+        return scaled
 
     def _check_scaled(self) -> None:
         """Refuse an fp16 ``loss.backward()`` whose loss nobody scaled: its gradients would vanish."""
@@ -200,7 +201,7 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Decide, instead of the counter, whether the running micro-batch is the last; holds until set again."""
+        """Decide, instead of the counter, whether this micro-batch is the last; holds until set again."""
         self._boundary = is_boundary
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:

@@ -133,5 +133,6 @@ def hidden_size(model: nn.Module) -> int | None:
 def _destroy_earlier(model: nn.Module) -> None:
     """Take an earlier engine off a module that is initialized again: two would both move its gradients."""
     for hook in list(model._forward_hooks.values()):
-        if isinstance(hook, OutputWatch) and hook.engine() is not None:
-            hook.engine().destroy()
+        engine = hook.engine() if isinstance(hook, OutputWatch) else None
+        if engine is not None:
+            engine.destroy()

@@ -10,6 +10,7 @@ from torch import nn
 
 from deepspeed.config import DeepSpeedConfig
 from deepspeed.errors import ConfigError
+from deepspeed.ops.adam import FusedAdam
 from deepspeed.ops.factory import build_optimizer
 from deepspeed.ops.probe import is_elementwise, is_per_parameter
 from deepspeed.zero.stage import Sharding
@@ -37,8 +38,8 @@ def choose_optimizer(
     _drop_frozen(optimizer)
     if optimizer.state:
         raise ConfigError(
-            f"optimizer: expected a fresh optimizer, got a {type(optimizer).__name__} that already has state; "
-            "initialize before its first step"
+            f"optimizer: expected a fresh optimizer, got a {type(optimizer).__name__} that already has "
+            "state; initialize before its first step"
         )
     return optimizer
 
@@ -52,6 +53,14 @@ def param_groups(module: nn.Module, model_parameters: Iterable[Any] | None) -> l
         return [{**group, "params": _trainable(group["params"])} for group in given]
     params = _trainable(given)
     return [{"params": params}] if params else []
+
+
+def mark_for_muon(module: nn.Module) -> None:
+    """Mark the hidden matrices, which Muon is for; embeddings and the output layer are not."""
+    for name, param in module.named_parameters():
+        if not hasattr(param, "use_muon"):
+            hidden = not any(word in name.lower() for word in ("embed", "lm_head", "wte", "wpe"))
+            param.use_muon = param.dim() >= 2 and hidden  # type: ignore[attr-defined]
 
 
 def leaf_kind(optimizer: torch.optim.Optimizer, sharding: Sharding) -> Literal["flat", "whole"]:
@@ -70,10 +79,23 @@ def leaf_kind(optimizer: torch.optim.Optimizer, sharding: Sharding) -> Literal["
     )
 
 
+def _narrow_states(optimizer: torch.optim.Optimizer, settings: DeepSpeedConfig) -> None:
+    if not settings.bf16.bf16_optimizer_states:
+        return
+    if not isinstance(optimizer, FusedAdam):
+        raise ConfigError(
+            f"bf16.bf16_optimizer_states: expected Adam or AdamW, got {type(optimizer).__name__}; turn it off"
+        )
+    optimizer.state_dtype = torch.bfloat16
+
+
 def _trainable(params: Any) -> list[nn.Parameter]:
     listed = [params] if isinstance(params, torch.Tensor) else list(params)
-    listed = [param[1] if isinstance(param, tuple) else param for param in listed]
-    unique = {id(param): param for param in listed if param.requires_grad}
+    unique: dict[int, nn.Parameter] = {}
+    for entry in listed:
+        param = entry[1] if isinstance(entry, tuple) else entry
+        if param.requires_grad:
+            unique[id(param)] = param
     return list(unique.values())
 
 

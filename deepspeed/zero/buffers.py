@@ -21,7 +21,7 @@ class BufferPool:
         self._free: list[Tensor] = []
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Return a buffer of exactly `numel` elements, from a kept one of at most twice that where there is one."""
+        """Return a buffer of exactly `numel` elements, cut from a kept one of at most twice that, or new."""
         fitting = [
             buffer for buffer in self._free if buffer.dtype == dtype and numel <= buffer.numel() <= 2 * numel
         ]

@@ -51,7 +51,7 @@ def _fits(current: list[NamedParameter], part: list[NamedParameter], max_numel: 
 
 
 def _block_of(name: str) -> str:
-    """The repeated block a parameter is in: its name up to the first number (``h.3.attn.weight`` -> ``h.3``)."""
+    """The repeated block of a parameter: its name up to the first number (``h.3.attn.weight``: ``h.3``)."""
     match = re.match(r"(.*?\.)?\d+(?=\.)", name)
     return match.group(0) if match else ""
 

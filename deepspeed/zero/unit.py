@@ -93,4 +93,7 @@ class Unit:
         group = self.sharding.shard_group
         if group.size == 1:
             return None
-        return comm.all_gather_single(self.flat, self.mine, group=group.process_group, async_op=async_op)
+        work: torch.distributed.Work | None = comm.all_gather_single(
+            self.flat, self.mine, group=group.process_group, async_op=async_op
+        )
+        return work

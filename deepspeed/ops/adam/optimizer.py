@@ -149,7 +149,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     def _new_state(self, key: Tensor) -> dict[str, Any]:
         dtype = self.state_dtype or torch.promote_types(key.dtype, torch.float32)
-        state = self.state[key]
+        state: dict[str, Any] = self.state[key]
         state["step"] = torch.zeros((), dtype=torch.float32, device=key.device)
         state["exp_avg"] = torch.zeros_like(key, dtype=dtype, memory_format=torch.contiguous_format)
         state["exp_avg_sq"] = torch.zeros_like(key, dtype=dtype, memory_format=torch.contiguous_format)
