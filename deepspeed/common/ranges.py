@@ -12,7 +12,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def instrument_w_nvtx(function: Function) -> Function:
-    """Show each call of `function` under its name in a profile; does nothing where the device has no ranges."""
+    """Show each call of `function` under its name in a device profile, where there is one."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The groups of a run whose only axis is data parallel: all ranks, and this rank alone for every other axis."""
+"""The groups of a run with one axis: all ranks are data parallel, every other axis is this rank alone."""
 
 from __future__ import annotations
 

@@ -1,0 +1,65 @@
+"""Every documented import path leads to its object, and costs nothing until it is used."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import deepspeed
+from deepspeed import runtime, utils
+
+OLD_PATHS = [(path, name) for path, names in runtime.TABLE.items() for name in names]
+
+
+@pytest.mark.parametrize(("path", "name"), OLD_PATHS, ids=lambda part: part)
+def test_an_old_path_leads_to_its_object(path, name):
+    module = importlib.import_module(f"deepspeed.runtime.{path}")
+    target, _, other = runtime.TABLE[path][name].partition(":")
+    assert getattr(module, name) is getattr(importlib.import_module(target), other or name)
+    assert name in module.__all__
+
+
+@pytest.mark.parametrize("name", utils.__all__)
+def test_a_documented_utility_is_there(name):
+    assert getattr(utils, name) is not None
+
+
+def test_old_modules_are_reached_by_attribute_and_by_every_form_of_import():
+    import deepspeed.runtime.pipe.topology as topology
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    from deepspeed.runtime import zero
+
+    assert deepspeed.runtime.pipe.topology is topology
+    assert zero.stage_1_and_2 is stage_1_and_2
+    assert importlib.util.find_spec("deepspeed.runtime.utils") is not None
+    scope: dict = {}
+    exec("from deepspeed.runtime.utils import *", scope)
+    assert scope["move_to_device"] is utils.move_to_device
+
+
+def test_what_the_table_does_not_have_is_missing_as_anywhere_else():
+    with pytest.raises(ImportError):
+        importlib.import_module("deepspeed.runtime.no_such_module")
+    with pytest.raises(AttributeError, match=r"module 'deepspeed.runtime.utils' has no attribute 'nothing'"):
+        _ = deepspeed.runtime.utils.nothing
+
+
+def test_old_paths_cost_nothing_until_they_are_used():
+    script = (
+        "import sys, deepspeed.runtime.engine, deepspeed.utils\n"
+        "heavy = ('deepspeed.engine', 'deepspeed.zero', 'deepspeed.config')\n"
+        "used = [name for name in sys.modules if name.startswith(heavy)]\n"
+        "assert used == [], used"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
+
+
+def test_loggers_are_one_object():
+    import logging
+
+    from deepspeed.utils.logging import logger
+
+    assert logger is utils.logger
+    assert logger is logging.getLogger("DeepSpeed")
