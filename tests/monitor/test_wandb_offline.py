@@ -11,8 +11,6 @@ from deepspeed.monitor import WandbMonitor
 monitor = WandbMonitor(project="p", group="g")
 monitor.write([("loss", 1.5, 1), ("lr", 0.1, 1), ("loss", 1.25, 2)])
 monitor.close()
-summary = dict(monitor.run.summary)
-assert summary["loss"] == 1.25 and summary["lr"] == 0.1, summary
 """
 
 
@@ -20,6 +18,8 @@ def test_an_offline_run_is_on_disk(tmp_path):
     pytest.importorskip("wandb")
     environ = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
     subprocess.run([sys.executable, "-c", SCRIPT], env=environ, cwd=tmp_path, check=True, timeout=200)
-    runs = [name for name in os.listdir(tmp_path / "wandb") if name.startswith("offline-run-")]
-    assert len(runs) == 1
-    assert any(name.endswith(".wandb") for name in os.listdir(tmp_path / "wandb" / runs[0]))
+    logs = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(logs) == 1
+    written = logs[0].read_bytes()
+    for text in (b"loss", b"1.5", b"1.25", b"lr", b"0.1"):
+        assert text in written
