@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -11,12 +12,17 @@ import torch
 from deepspeed.accelerator.devices import Devices
 
 
+def resident_bytes() -> int:
+    """Return the memory this process occupies, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_resident_bytes() -> int:
     """Return the most memory this process has occupied, in bytes (what it occupies now on Windows)."""
     try:
         import resource
     except ImportError:
-        return int(psutil.Process().memory_info().rss)
+        return resident_bytes()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
@@ -26,19 +32,19 @@ class Memory(Devices):
 
     def memory_allocated(self, device_index: int | None = None) -> int:
         """Return the bytes in use by tensors (CPU: resident memory of the process)."""
-        return int(self._figure("memory_allocated", device_index, int(psutil.Process().memory_info().rss)))
+        return int(self._figure("memory_allocated", device_index, resident_bytes))
 
     def max_memory_allocated(self, device_index: int | None = None) -> int:
         """Return the peak of `memory_allocated`."""
-        return int(self._figure("max_memory_allocated", device_index, peak_resident_bytes()))
+        return int(self._figure("max_memory_allocated", device_index, peak_resident_bytes))
 
     def memory_reserved(self, device_index: int | None = None) -> int:
         """Return the bytes that torch's allocator holds."""
-        return int(self._figure("memory_reserved", device_index, self.memory_allocated(device_index)))
+        return int(self._figure("memory_reserved", device_index, resident_bytes))
 
     def max_memory_reserved(self, device_index: int | None = None) -> int:
         """Return the peak of `memory_reserved`."""
-        return int(self._figure("max_memory_reserved", device_index, self.max_memory_allocated(device_index)))
+        return int(self._figure("max_memory_reserved", device_index, peak_resident_bytes))
 
     def memory_cached(self, device_index: int | None = None) -> int:
         """Return `memory_reserved`, under torch's old name."""
@@ -50,11 +56,11 @@ class Memory(Devices):
 
     def memory_stats(self, device_index: int | None = None) -> dict[str, Any]:
         """Return the allocator's own figures by name (CPU: none)."""
-        return dict(self._figure("memory_stats", device_index, {}))
+        return dict(self._figure("memory_stats", device_index, dict))
 
     def reset_peak_memory_stats(self, device_index: int | None = None) -> None:
         """Start the peaks anew, where the device can."""
-        self._figure("reset_peak_memory_stats", device_index, None)
+        self._figure("reset_peak_memory_stats", device_index, lambda: None)
 
     def reset_max_memory_allocated(self, device_index: int | None = None) -> None:
         """Start the peaks anew, under torch's old name."""
@@ -89,6 +95,6 @@ class Memory(Devices):
         """Tell whether `tensor` is page-locked (always true on the CPU, where it makes no difference)."""
         return True if self.on_host else tensor.is_pinned()
 
-    def _figure(self, name: str, device_index: int | None, otherwise: Any) -> Any:
+    def _figure(self, name: str, device_index: int | None, otherwise: Callable[[], Any]) -> Any:
         function = None if self.on_host else getattr(self.module, name, None)
-        return otherwise if function is None else function(device_index)
+        return otherwise() if function is None else function(device_index)

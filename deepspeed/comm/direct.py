@@ -67,6 +67,7 @@ def wait_all(pending: list[Any], timeout: timedelta | None = None) -> None:
     pending.clear()
 
 
+@torch.no_grad()
 def gather(chunks: Sequence[Tensor], mine: Tensor, group: Any) -> DeferredWork:
     """Start filling `chunks`, one flat tensor per rank, from every rank's `mine`."""
     me = dist.get_rank(group)
@@ -141,6 +142,7 @@ class ReduceWork(dist.Work):
             self._group,
         )
 
+    @torch.no_grad()
     def _sum(self, index: int) -> None:
         block, room = self._blocks[index], self._incoming[index % self._window]
         output, own = self._output[block], self._chunks[self._me][block]

@@ -54,14 +54,18 @@ def from_torchrun(environ: Mapping[str, str], default_port: int) -> Place | None
     rank = number(environ, "RANK", 0 if world_size == 1 else None)
     if rank >= world_size:
         raise CommunicationError(f"RANK: expected less than WORLD_SIZE={world_size}, got {rank}")
-    master = environ.get("MASTER_ADDR", "")
-    if world_size > 1 and not master:
-        raise CommunicationError(
-            "MASTER_ADDR: expected the address of rank 0's machine, got nothing; "
-            "start the script with the deepspeed command or torchrun, or set it"
-        )
-    port = number(environ, "MASTER_PORT", default_port)
-    return Place(rank, world_size, number(environ, "LOCAL_RANK", 0), master, port)
+    return given_place(rank, world_size, default_port, environ)
+
+
+def given_place(rank: int, world_size: int, default_port: int, environ: Mapping[str, str]) -> Place:
+    """Return the place of a known rank; where rank 0 listens is read from torchrun's variables."""
+    return Place(
+        rank,
+        world_size,
+        number(environ, "LOCAL_RANK", 0),
+        environ.get("MASTER_ADDR", ""),
+        number(environ, "MASTER_PORT", default_port),
+    )
 
 
 def from_mpi(environ: Mapping[str, str], default_port: int) -> Place | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.comm.environment import Place, current_place, from_mpi, number
+from deepspeed.comm.environment import Place, current_place, from_mpi, given_place, number
 from deepspeed.comm.log import configure
 from deepspeed.common.logging import log_dist
 from deepspeed.errors import CommunicationError, ConfigError, UsageError
@@ -32,7 +32,7 @@ def init_distributed(
 ) -> None:
     """Start torch.distributed, or adopt it where it is already running.
 
-    The ranks come from the arguments, else from the launcher's environment, else from MPI's (unless
+    The ranks come from `rank` and `world_size`, else from the launcher's environment, else from MPI's (unless
     `auto_mpi_discovery` is off), else this process is the only rank and uses no port. `dist_backend` None
     takes what suits the device. `timeout` None takes DEEPSPEED_TIMEOUT (minutes), else 30 minutes. `config`
     may hold a ``comms_logger`` section. Raises CommunicationError when the ranks cannot meet, ConfigError
@@ -49,14 +49,10 @@ def init_distributed(
             "call torch.distributed.init_process_group first, or let deepspeed start it"
         )
     backend = _checked_backend(dist_backend)
-    place = current_place(distributed_port, mpi=auto_mpi_discovery)
-    place = Place(
-        rank if rank >= 0 else place.rank,
-        world_size if world_size > 0 else place.world_size,
-        place.local_rank,
-        place.master_addr,
-        place.master_port,
-    )
+    if rank >= 0 and world_size > 0:
+        place = given_place(rank, world_size, distributed_port, os.environ)
+    else:
+        place = current_place(distributed_port, mpi=auto_mpi_discovery)
     _start(backend, place, timeout or default_timeout(), init_method)
     if verbose:
         log_dist(f"torch.distributed: {place.world_size} ranks, backend {backend}", ranks=[0])
@@ -119,8 +115,13 @@ def _start(backend: str, place: Place, timeout: timedelta, init_method: str | No
     elif place.world_size == 1:
         # One rank needs no port, so none can be taken.
         where = {"store": dist.HashStore()}  # type: ignore[attr-defined]
-    else:
+    elif place.master_addr:
         where = {"init_method": _rendezvous(place)}
+    else:
+        raise CommunicationError(
+            "MASTER_ADDR: expected the address of rank 0's machine, got nothing; "
+            "start the script with the deepspeed command or torchrun, or set it"
+        )
     try:
         dist.init_process_group(
             backend, rank=place.rank, world_size=place.world_size, timeout=timeout, **where

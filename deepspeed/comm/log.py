@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepspeed.common.logging import log_dist, logger
+from deepspeed.common.logging import logger
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -219,7 +219,6 @@ def log_summary(show_straggler: bool = False) -> None:
     waiting = _waiting() if show_straggler else None
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(comms_logger.table(waiting), flush=True)
-    log_dist("comms summary printed", ranks=[0], level=10)
 
 
 def _waiting() -> dict[tuple[str, int], float]:

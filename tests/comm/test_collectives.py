@@ -167,6 +167,16 @@ def test_users_own_messages_do_not_meet_ours():
 
 
 @on_ranks(2)
+def test_parameters_are_data_and_leave_no_graph():
+    param = torch.nn.Parameter(torch.ones(2))
+    whole, output = torch.empty(4), torch.empty(1)
+    comm.all_gather_single(whole, param)
+    comm.reduce_scatter_single(output, param)
+    assert not whole.requires_grad
+    assert not output.requires_grad
+
+
+@on_ranks(2)
 def test_lists_of_tensors_gather_and_reduce_likewise():
     me = dist.get_rank()
     outputs = [torch.empty(2, 2, dtype=torch.bfloat16) for _ in range(2)]

@@ -101,6 +101,23 @@ def test_a_missing_rank_is_reported_after_the_timeout():
     assert done.stdout.startswith("rank 0 of 2 could not meet the others at 127.0.0.1:"), done.stderr
 
 
+def test_ranks_given_as_arguments_meet_too():
+    script = (
+        "import os\nfrom deepspeed import comm\n"
+        "comm.init_distributed(rank=int(os.environ['ME']), world_size=2)\n"
+        "print(comm.get_world_size())\ncomm.destroy_process_group()"
+    )
+    port = str(free_port())
+    ranks = [start(script, ME=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(2)]
+    assert [rank.communicate(timeout=100)[0] for rank in ranks] == ["2\n", "2\n"]
+
+
+def test_several_ranks_without_a_meeting_place_are_explained(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(CommunicationError, match="MASTER_ADDR: expected the address of rank 0's machine"):
+        comm.init_distributed(rank=0, world_size=2)
+
+
 def test_mpi_ranks_meet_and_see_torchruns_names():
     script = (
         "import os, torch\nfrom deepspeed import comm\ncomm.init_distributed()\n"
@@ -208,7 +225,6 @@ def test_mpi_and_clouds_are_recognised(environ, place):
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR: expected the address of rank 0's machine"),
         (
             {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a"},
             "RANK: expected less than WORLD_SIZE=2, got 2",
