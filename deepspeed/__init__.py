@@ -37,7 +37,9 @@ _NAMES = {
     "logger": "deepspeed.common.logging",
     "log_dist": "deepspeed.common.logging",
 }
-_MODULES = frozenset({"accelerator", "comm", "ops", "runtime", "utils", "monitor", "launcher", "git_version_info"})
+_MODULES = frozenset(
+    {"accelerator", "comm", "ops", "runtime", "utils", "monitor", "launcher", "git_version_info"}
+)
 
 __all__ = [
     "DeepSpeedConfig",

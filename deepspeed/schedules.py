@@ -10,7 +10,6 @@ use the rate of iteration 0. The original counts so, and curves recorded with it
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ import torch
 from torch.optim import lr_scheduler as torch_schedules
 
 from deepspeed.common.logging import warn_once
+from deepspeed.common.signatures import check_arguments
 from deepspeed.errors import ConfigError, did_you_mean
 
 
@@ -81,7 +81,10 @@ class Schedule:
         iteration = self.iteration
         rates = self.rates(iteration)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+            if isinstance(group["lr"], torch.Tensor):  # capturable optimizers read it on the device
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         momenta = self.momenta(iteration)
         for group, momentum in zip(self.optimizer.param_groups, momenta or (), strict=momenta is not None):
             if "betas" in group:
@@ -201,9 +204,7 @@ class OneCycle(Schedule):
         )
         self.decay_step_size = decay_step_size
         self.min_mom, self.max_mom = cycle_min_mom, cycle_max_mom
-        self.cycle_momentum = cycle_momentum and all(
-            "betas" in group or "momentum" in group for group in optimizer.param_groups
-        )
+        self.cycle_momentum = cycle_momentum and _has_momentum(optimizer)
         self._start()
 
     def rates(self, iteration: int) -> list[float]:
@@ -225,8 +226,8 @@ class OneCycle(Schedule):
     def _height(self, iteration: int) -> float:
         """How far up the cycle is, from 0 to 1."""
         if iteration <= self.up:
-            return _stairs(iteration / self.up, self.up_stairs)
-        return 1 - _stairs((iteration - self.up) / self.down, self.down_stairs)
+            return _stairs(iteration, self.up, self.up_stairs)
+        return _stairs(self.up + self.down - iteration, self.down, self.down_stairs)
 
     def _decay_steps(self, iteration: int) -> float:
         past = iteration - self.up - self.down
@@ -258,23 +259,22 @@ class WarmupLR(Schedule):
     ) -> None:
         super().__init__(optimizer, last_batch_iteration)
         self._warm_up = _WarmUp(warmup_num_steps, warmup_type)
-        own = [group["lr"] for group in optimizer.param_groups]
+        own = [float(group["lr"]) for group in optimizer.param_groups]
         self.min_lr = self._per_group("warmup_min_lr", warmup_min_lr)
         self.max_lr = own if warmup_max_lr is None else self._per_group("warmup_max_lr", warmup_max_lr)
         self._start()
 
     def rates(self, iteration: int) -> list[float]:
         share = self._warm_up.share(iteration) if iteration < self._warm_up.steps else self.after(iteration)
-        low = self.min_lr if iteration < self._warm_up.steps else [0.0] * len(self.min_lr)
-        return [start + (top - start) * share for start, top in zip(low, self.max_lr, strict=True)]
+        return [low + (high - low) * share for low, high in zip(self.min_lr, self.max_lr, strict=True)]
 
     def after(self, iteration: int) -> float:
-        """Return the share of the maximum after warm-up."""
+        """Return how far up between minimum and maximum the rate is after warm-up."""
         return 1.0
 
 
 class WarmupDecayLR(WarmupLR):
-    """Warm up, then fall linearly to zero at `total_num_steps`.
+    """Warm up, then fall linearly back to the minimum at `total_num_steps`.
 
     Args:
         optimizer: the optimizer.
@@ -331,7 +331,7 @@ class WarmupCosineLR(Schedule):
         self.total_num_steps = _checked_total(total_num_steps, warmup_num_steps)
         self._warm_up = _WarmUp(warmup_num_steps, warmup_type)
         self.warmup_min_ratio, self.cos_min_ratio = warmup_min_ratio, cos_min_ratio
-        self.base_lr = [group["lr"] for group in optimizer.param_groups]
+        self.base_lr = [float(group["lr"]) for group in optimizer.param_groups]
         self._start()
 
     def rates(self, iteration: int) -> list[float]:
@@ -342,7 +342,7 @@ class WarmupCosineLR(Schedule):
         steps = self._warm_up.steps
         if iteration < steps:
             return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * self._warm_up.share(iteration)
-        progress = min(1.0, (iteration - steps) / max(1, self.total_num_steps - steps))
+        progress = min(1.0, (iteration - steps + 1) / max(1, self.total_num_steps - steps))
         return self.cos_min_ratio + (1 - self.cos_min_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -363,8 +363,16 @@ class _WarmUp:
         return iteration / self.steps
 
 
-def _stairs(share: float, count: int) -> float:
-    return math.floor(share * count) / count if count > 0 else share
+def _has_momentum(optimizer: HasGroups) -> bool:
+    if all("betas" in group or "momentum" in group for group in optimizer.param_groups):
+        return True
+    warn_once("scheduler.params.cycle_momentum: the optimizer has no momentum to cycle; false says so")
+    return False
+
+
+def _stairs(part: int, whole: int, count: int) -> float:
+    """Return ``part / whole``, rounded down to a multiple of ``1 / count`` unless the count is 0."""
+    return math.floor(part * count / whole) / count if count > 0 else part / whole
 
 
 def _positive(name: str, value: float) -> None:
@@ -398,21 +406,17 @@ def build_scheduler(type_name: str, params: dict[str, Any], optimizer: torch.opt
         ConfigError: no such schedule or argument; the message names the nearest one.
     """
     found: dict[str, Any] = {**vars(torch_schedules), **_SCHEDULES}
-    cls: Any = found.get(type_name)
-    if not inspect.isclass(cls) or not hasattr(cls, "step"):
+    cls = found.get(type_name)
+    if cls is None or not hasattr(cls, "step"):
         known = [*VALID_LR_SCHEDULES, *(name for name in vars(torch_schedules) if name[0].isupper())]
         raise ConfigError(
             f"scheduler.type: expected {', '.join(VALID_LR_SCHEDULES)} or a class of "
             f"torch.optim.lr_scheduler, got {type_name!r}{did_you_mean(type_name, known)}"
         )
-    accepted = [name for name in inspect.signature(cls).parameters if name != "optimizer"]
-    for name in params:
-        if name not in accepted:
-            raise ConfigError(
-                f"scheduler.params.{name}: {type_name} has no such argument{did_you_mean(name, accepted)}; "
-                f"it takes {', '.join(accepted)}"
-            )
+    check_arguments("scheduler.params", cls, params)
     try:
         return cls(optimizer, **params)
-    except TypeError as error:
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"scheduler.params: {type_name} refused them: {error}") from error

@@ -53,7 +53,7 @@ def main() -> None:
     start = time.monotonic()
     deepspeed.init_distributed(verbose=False)
     run = together(prepare)
-    train(run)
+    train(run, start)
     finish(run, start)
     comm.destroy_process_group()
 
@@ -81,10 +81,10 @@ def prepare() -> Run:
     return Run(args, engine, iter(RepeatingLoader(loader)), validation, Result(order0=order0, order1=order1))
 
 
-def train(run: Run) -> None:
+def train(run: Run, start: float) -> None:
     """Run the steps: forward, backward, step, and now and then a look at how it goes."""
     engine, steps, result = run.engine, run.args.steps, run.result
-    pace = Pace(engine, steps)
+    pace = Pace(engine, steps, start + 60 * (run.args.minutes or math.inf))
     with progress_for(comm.get_rank()) as progress:
         for step in range(1, steps + 1):
             for _ in range(engine.gradient_accumulation_steps()):
@@ -93,13 +93,17 @@ def train(run: Run) -> None:
                 engine.backward(loss)
                 engine.step()
                 pace.saw(loss, tokens.numel())
-            if due(step, steps, STATUSES):
+            last = False
+            if step == 1 or due(step, steps, STATUSES):
                 status = pace.status(step)
                 result.train.append((step, status.bits))
                 progress.show(status)
-            if due(step, steps, VALIDATIONS):
+                last = status.last
+            if last or due(step, steps, VALIDATIONS):
                 result.validation.append((step, validate(engine, run.validation)))
                 pace.restart()
+            if last:
+                break
 
 
 def due(step: int, steps: int, times: int) -> bool:

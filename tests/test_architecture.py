@@ -81,7 +81,9 @@ def test_a_file_imports_its_own_folder_and_lower_floors_only(path):
         other = place_of(module)
         if other.split(".")[0] != own.split(".")[0] or (other == "" and own != ""):
             assert other != "", f"{path.name} imports the top of the package"
-            assert FLOOR_OF[other] < FLOOR_OF[own] or FLOOR_OF[own] == 0, f"{own} (floor {FLOOR_OF[own]}) imports {module}"
+            assert FLOOR_OF[other] < FLOOR_OF[own] or FLOOR_OF[own] == 0, (
+                f"{own} (floor {FLOOR_OF[own]}) imports {module}"
+            )
 
 
 def test_there_are_no_import_cycles():

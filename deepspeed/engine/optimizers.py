@@ -90,7 +90,7 @@ def _narrow_states(optimizer: torch.optim.Optimizer, settings: DeepSpeedConfig) 
 
 
 def _trainable(params: Any) -> list[nn.Parameter]:
-    listed = [params] if isinstance(params, torch.Tensor) else list(params)
+    listed: list[Any] = [params] if isinstance(params, torch.Tensor) else list(params)
     unique: dict[int, nn.Parameter] = {}
     for entry in listed:
         param = entry[1] if isinstance(entry, tuple) else entry

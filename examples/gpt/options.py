@@ -16,6 +16,7 @@ from gpt.model import Shape
 from gpt.weights import read_shape
 
 EXAMPLES = Path(__file__).resolve().parent.parent
+STEPS, MINUTES = 800, 4
 DEFAULT_SHAPE = {"layers": 4, "dim": 192, "heads": None, "seq": 256}
 
 
@@ -30,10 +31,23 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line and check every number in it."""
     args = build_parser().parse_args(arguments)
-    for name in ("layers", "dim", "heads", "seq", "batch", "steps", "lr", "temperature", "sample_bytes"):
+    for name in (
+        "layers",
+        "dim",
+        "heads",
+        "seq",
+        "batch",
+        "steps",
+        "minutes",
+        "lr",
+        "temperature",
+        "sample_bytes",
+    ):
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, got {value}")
+    if args.steps is None:
+        args.steps, args.minutes = STEPS, args.minutes or MINUTES
     return args
 
 
@@ -48,7 +62,8 @@ def build_parser() -> Parser:
     add("--heads", type=int, help="attention heads (default: one for each 64 of the width)")
     add("--seq", type=int, help="bytes in one sequence (default: 256; GPT-2 XL: 1024)")
     add("--batch", type=int, help="sequences per rank and step (default: the configuration's)")
-    add("--steps", type=int, default=800, help="optimizer steps (default: %(default)s)")
+    add("--steps", type=int, help=f"optimizer steps (default: {STEPS}, or what {MINUTES} minutes allow)")
+    add("--minutes", type=float, help="stop then, wherever training is (default: none with --steps)")
     add("--lr", type=float, help="highest learning rate (default: the configuration's)")
     add("--seed", type=int, default=0, help="of weights, order of the text and sample (default: %(default)s)")
     add("--init-from", metavar="FILE", help="weights to start from: model.safetensors of an earlier run")

@@ -18,9 +18,10 @@ BITS = 1 / math.log(2)  # in one nat
 class Pace:
     """Collects micro-batches between two statuses; only `status` waits for the device."""
 
-    def __init__(self, engine: DeepSpeedEngine, steps: int) -> None:
+    def __init__(self, engine: DeepSpeedEngine, steps: int, deadline: float) -> None:
         self.engine = engine
         self.steps = steps
+        self.deadline = deadline  # on the clock of time.monotonic
         self._last_step = 0
         self.restart()
 
@@ -38,10 +39,13 @@ class Pace:
     def status(self, step: int) -> Status:
         """Return how things stand after `step`; every rank must call it."""
         mean_loss = float(torch.stack(self._losses).mean())
-        elapsed = time.monotonic() - self._start
+        now = time.monotonic()
+        elapsed = now - self._start
         memory = float(get_accelerator().max_memory_allocated())
-        rows = gather_row([mean_loss, float(self._tokens), memory], self.engine.device)
+        late = float(now > self.deadline)
+        rows = gather_row([mean_loss, float(self._tokens), memory, late], self.engine.device)
         loss = float(rows[:, 0].mean())
+        all_steps = elapsed / (step - self._last_step) * (self.steps - step)
         status = Status(
             step=step,
             steps=self.steps,
@@ -51,7 +55,8 @@ class Pace:
             grad_norm=self.engine.get_global_grad_norm() or 0.0,
             tokens_per_s=float(rows[:, 1].sum()) / elapsed,
             memory=tuple(rows[:, 2].tolist()),
-            seconds_left=elapsed / (step - self._last_step) * (self.steps - step),
+            seconds_left=max(0.0, min(all_steps, self.deadline - now)),
+            last=step == self.steps or bool(rows[:, 3].any()),
         )
         self._last_step = step
         self.restart()

@@ -30,6 +30,7 @@ class Status:
     tokens_per_s: float
     memory: tuple[float, ...]
     seconds_left: float
+    last: bool  # nothing follows: all steps are done, or the time is up
 
     def cells(self) -> dict[str, str]:
         """Return column names and texts."""
@@ -67,7 +68,7 @@ class LineProgress(Progress):
 
     def show(self, status: Status) -> None:
         """Print the first status, the last one, and those in between that are due."""
-        if status.step >= self._next or status.step == status.steps:
+        if status.step >= self._next or status.last:
             self._next = status.step + status.steps / LINES
             print("  ".join(f"{name} {text}" for name, text in status.cells().items()), flush=True)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.errors import UsageError
-from deepspeed.zero.access import safe_get_full_grad, safe_set_full_grad
 from harness import on_ranks, run_on_ranks
 from test_parity import TOLERANCE, assert_equal_training, config_for, train_both
 from torch import nn
 from toys import make_toy, toy_batch, toy_loss
+
+import deepspeed
+from deepspeed.errors import UsageError
+from deepspeed.zero.access import safe_get_full_grad, safe_set_full_grad
 
 STAGES = [0, 1, 2]
 
@@ -265,5 +266,7 @@ def test_two_engines_share_one_loss():
         chain(data.reshape(10, 3)).square().mean().backward()
         reference.step()
         reference.zero_grad()
-    for ours, theirs in zip([*first.module.parameters(), *second.module.parameters()], chain.parameters(), strict=True):
+    for ours, theirs in zip(
+        [*first.module.parameters(), *second.module.parameters()], chain.parameters(), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)

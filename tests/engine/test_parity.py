@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 
-import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.zero.access import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from harness import run_on_ranks
 from reference import PlainTrainer
 from toys import make_toy, toy_batch, toy_loss
+
+import deepspeed
+from deepspeed.zero.access import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 STEPS = 4
 TOLERANCE = {"fp32": 2e-6, "bf16": 3e-2, "fp16": 4e-3}

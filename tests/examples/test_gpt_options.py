@@ -18,6 +18,12 @@ def test_heads_follow_the_width():
     assert model_shape(parse(["--dim", "32"])).heads == 1
 
 
+def test_time_is_limited_unless_steps_are_asked_for():
+    assert (parse([]).steps, parse([]).minutes) == (800, 4)
+    assert parse(["--steps", "9"]).minutes is None
+    assert parse(["--minutes", "1.5"]).minutes == 1.5
+
+
 def test_weights_to_start_from_bring_their_sizes(tmp_path):
     shape = Shape(layers=2, dim=64, heads=1, seq=32)
     weights = tmp_path / "model.safetensors"

@@ -20,6 +20,7 @@ def status(step: int, ranks: int = 2) -> Status:
         tokens_per_s=12345.6,
         memory=(400e6,) * ranks,
         seconds_left=83.4,
+        last=step == 100,
     )
 
 

@@ -96,6 +96,12 @@ def test_sampling_can_be_repeated(trained):
     assert first.startswith("the ")
 
 
+def test_it_stops_when_the_time_is_up_and_still_finishes(tmp_path):
+    run_script("--data", write_text(tmp_path), *TINY, "--minutes", 1e-6, folder=tmp_path)
+    result = result_in(tmp_path)
+    assert [step for step, _ in result["train"]] == [step for step, _ in result["validation"]] == [1]
+
+
 def test_without_a_configuration_it_takes_the_one_beside_it(tmp_path):
     run_script("--data", write_text(tmp_path), *TINY, "--steps", 1, folder=tmp_path)
 

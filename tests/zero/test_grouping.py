@@ -1,9 +1,10 @@
 """Units respect blocks, kinds and sizes."""
 
 import torch
+from torch import nn
+
 from deepspeed.zero import grouping
 from deepspeed.zero.grouping import group_parameters
-from torch import nn
 
 
 def names(units):

@@ -1,6 +1,7 @@
 """A layout places every element of every parameter once."""
 
 import pytest
+
 from deepspeed.zero.layout import ALIGN, even_layout, whole_layout
 
 NUMELS = [[1], [0], [0, 1, 5], [33, 64, 7, 100, 1], [4096, 3, 0, 77], [1] * 50]

@@ -1,0 +1,1 @@
+"""The `deepspeed` command: start a script on every rank of this machine."""
