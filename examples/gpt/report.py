@@ -39,9 +39,9 @@ def describe(corpus: Corpus, validation: np.ndarray, engine: DeepSpeedEngine) ->
     shape = engine.shape
     weights = sum(param.numel() for param in engine.module.parameters())
     return (
-        f"Text:  {len(corpus.train):,} bytes of {len(corpus.train_names):,} files to train on, "
-        f"{validation[:, 1:].size:,} bytes of {len(corpus.validation_names):,} others to validate\n"
-        f"Model: {weights:,} weights, {shape.layers} layers of {shape.dim}, {shape.seq} bytes of context, "
+        f"Text:  {len(corpus.train):,} bytes to train on (files: {len(corpus.train_names):,}), "
+        f"{validation[:, 1:].size:,} bytes to validate (other files: {len(corpus.validation_names):,})\n"
+        f"Model: {weights:,} weights (layers: {shape.layers}, width: {shape.dim}, context: {shape.seq} bytes), "
         f"ZeRO stage {engine.zero_optimization_stage()} on {_count(engine.dp_world_size, engine.device.type)}"
     )
 

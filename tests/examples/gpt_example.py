@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPT = EXAMPLES / "pretrain_gpt.py"
-TINY = ["--layers", "1", "--dim", "32", "--heads", "2", "--seq", "32", "--sample-bytes", "16"]
+TINY = ["--layers", "1", "--dim", "32", "--heads", "2", "--seq", "32", "--sample-bytes", "16", "--lr", "0.02"]
 
 if str(EXAMPLES) not in sys.path:
     sys.path.insert(0, str(EXAMPLES))
