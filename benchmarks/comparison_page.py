@@ -48,7 +48,8 @@ class Page:
             f"Rounds: {self.pairs}. In each, every row runs in fresh processes for {self.warmup} warm-up and "
             f"{self.steps} timed steps. A step lasts as long as on its slowest rank; a run is the "
             "median of its steps, a row the median of its runs. *x original* (same stage) and *x DDP* say "
-            "how many times as fast: medians of the ratios within a round. Memory is the largest rank's peak "
+            "how many times as fast: medians of the ratios within a round. *cpu ms* is the processor time of a rank's "
+            "step, all threads, which a busy machine disturbs less. Memory is the largest rank's peak "
             "over the life of the process, start and compilation included."
         )
 

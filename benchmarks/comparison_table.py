@@ -23,6 +23,7 @@ class Turn:
     row: str
     round: int
     total: float
+    cpu: float
     phases: dict[str, float]
     peak: int
     peak_training: int
@@ -41,6 +42,7 @@ class Summary:
     total: float
     fastest: float
     slowest: float
+    cpu: float
     phases: dict[str, float]
     tokens_per_second: float
     peak: float
@@ -55,13 +57,14 @@ def make_turn(row: str, number: int, ranks: Sequence[dict[str, Any]]) -> Turn:
     """Reduce what the ranks reported: a step lasts as long as on its slowest rank."""
     seconds = {
         name: median(max(steps) for steps in zip(*(r["seconds"][name] for r in ranks), strict=True))
-        for name in (*PHASES, "total")
+        for name in (*PHASES, "total", "cpu")
     }
     losses = ranks[0]["losses"]
     return Turn(
         row=row,
         round=number,
         total=seconds["total"],
+        cpu=seconds["cpu"],
         phases={name: seconds[name] for name in PHASES},
         peak=max(r["peak"] for r in ranks),
         peak_training=max(r["peak_training"] for r in ranks),
@@ -86,6 +89,7 @@ def _summarise_row(row: str, turns: Sequence[Turn], tokens: int, name: str) -> S
         total=total,
         fastest=min(t.total for t in mine),
         slowest=max(t.total for t in mine),
+        cpu=median(t.cpu for t in mine),
         phases={phase: median(t.phases[phase] for t in mine) for phase in PHASES},
         tokens_per_second=tokens / total,
         peak=median(t.peak for t in mine),
@@ -111,7 +115,7 @@ def _ratio(turns: Sequence[Turn], row: str, reference: str) -> float | None:
 def render_table(summaries: Sequence[Summary]) -> str:
     """Lay out the summaries as Markdown."""
     titles = (
-        "row", "step ms", "min-max", "fwd", "bwd", "upd", "tokens/s", "peak MiB",
+        "row", "step ms", "min-max", "fwd", "bwd", "upd", "cpu ms", "tokens/s", "peak MiB",
         "x original", "x DDP", "last loss", "1st step s",
     )  # fmt: skip
     return markdown_table(titles, [_cells(s) for s in summaries])
@@ -124,6 +128,7 @@ def _cells(s: Summary) -> list[str]:
         f"{s.total * 1e3:.0f}",
         f"{s.fastest * 1e3:.0f}-{s.slowest * 1e3:.0f}",
         *times,
+        f"{s.cpu * 1e3:.0f}",
         f"{s.tokens_per_second:,.0f}",
         f"{s.peak / MIB:.0f}",
         _times(s.against_original),

@@ -64,13 +64,14 @@ def train(
 ) -> dict[str, Any]:
     """Run warm-up and timed steps; times in seconds, memory in bytes."""
     memory = Memory()
-    phases: dict[str, list[float]] = {"forward": [], "backward": [], "step": [], "total": []}
+    phases: dict[str, list[float]] = {"forward": [], "backward": [], "step": [], "total": [], "cpu": []}
     losses: list[float] = []
     ready = 0.0
     for index, batch in enumerate(batches(shape, rank, options.warmup + options.steps)):
         if index == options.warmup:
             memory.restart()
             dist.barrier()
+        cpu = time.process_time()
         stamps = [time.perf_counter()]
         loss = trainer.forward(*batch)
         stamps.append(time.perf_counter())
@@ -82,7 +83,8 @@ def train(
         ready = ready or stamps[-1] - began
         if index >= options.warmup:
             spans = [late - early for early, late in pairwise(stamps)]
-            for name, span in zip(phases, [*spans, stamps[-1] - stamps[0]], strict=True):
+            whole = (stamps[-1] - stamps[0], time.process_time() - cpu)
+            for name, span in zip(phases, [*spans, *whole], strict=True):
                 phases[name].append(span)
     return {
         "seconds": phases,

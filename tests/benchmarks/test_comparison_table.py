@@ -22,7 +22,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def rank(step: float, peak: int = 1 << 30, last_loss: float = 8.0) -> dict[str, Any]:
     phases = {"forward": [step / 4] * 3, "backward": [step / 2] * 3, "step": [step / 4] * 3}
     return {
-        "seconds": {**phases, "total": [step] * 3},
+        "seconds": {**phases, "total": [step] * 3, "cpu": [step] * 3},
         "losses": [9.0, last_loss],
         "first_step": 1.0,
         "peak": peak,
