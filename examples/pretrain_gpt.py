@@ -132,7 +132,7 @@ def finish(run: Run, start: float) -> None:
     result.write(folder)
     picture = draw(result, folder / "loss.png")
     print(f"\n{scores(result)}\n\nA sample:\n\n{text}\n")
-    print(next_steps(args, comm.get_world_size(), result.seconds))
+    print(next_steps(args, comm.get_world_size(), result))
     if not picture:
         print("No picture was drawn: matplotlib is not installed.")
 

@@ -79,8 +79,12 @@ def draw(result: Result, path: Path) -> bool:
     return True
 
 
-def next_steps(args: argparse.Namespace, ranks: int, seconds: float) -> str:
-    """Return the commands that continue, sample and change this run."""
+def next_steps(args: argparse.Namespace, ranks: int, result: Result) -> str:
+    """Return how the run ended, and the commands that continue, sample and change it."""
+    done = result.train[-1][0]
+    early = (
+        f" Stopped at step {done} of {args.steps}; --minutes gives it more time." if done < args.steps else ""
+    )
     script, here = Path(sys.argv[0]), Path(args.output)
     launch = "python" if ranks == 1 else f"deepspeed --num_gpus {ranks}"
     start = f"{launch} {shlex.quote(str(script))}{_flags(args, 'deepspeed_config', 'data', 'batch', 'lr')}"
@@ -89,7 +93,7 @@ def next_steps(args: argparse.Namespace, ranks: int, seconds: float) -> str:
     sample = shlex.join(["python", str(script.with_name("sample_gpt.py")), str(here), "--prompt", "class "])
     return "\n".join(
         (
-            f"Took {minutes(seconds)}. Results are in {here}/.",
+            f"Took {minutes(result.seconds)}. Results are in {here}/.{early}",
             f"Continue:    {start} {onward}",
             f"More text:   {sample}",
             f"Another one: {start} --layers 6 --dim 384 --steps 2000     (--help lists all options)",

@@ -97,7 +97,8 @@ def test_sampling_can_be_repeated(trained):
 
 
 def test_it_stops_when_the_time_is_up_and_still_finishes(tmp_path):
-    run_script("--data", write_text(tmp_path), *TINY, "--minutes", 1e-6, folder=tmp_path)
+    output = run_script("--data", write_text(tmp_path), *TINY, "--minutes", 1e-6, folder=tmp_path)
+    assert "Stopped at step 1 of 800; --minutes gives it more time." in output
     result = result_in(tmp_path)
     assert [step for step, _ in result["train"]] == [step for step, _ in result["validation"]] == [1]
 
