@@ -1,9 +1,10 @@
 """Time one Adam step on 33.5M parameters: bf16 gradient in, bf16 weight out, one thread.
 
-    python benchmarks/adam_step.py [--numel N] [--rounds R]
+    python benchmarks/adam_step.py [--numel N] [--rounds R] [--threads T]
 
 Rows run in turn, round by round: cast + torch's fused AdamW + cast (the base of the ratio), this project's
-chunked pass, and its compiled pass where a compiler is present.
+chunked pass, and its compiled pass where a compiler is present. A row's ratio is the median over rounds of
+its time by the base's time in the same round, so a busy machine slows both sides of it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from collections.abc import Callable
 
 import torch
 
-from deepspeed.ops.adam import FusedAdam
-from deepspeed.ops.adam import compiled as compiled_path
+from deepspeed.ops.adam import FusedAdam, path_in_use
 
 Step = Callable[[], None]
+BASE = "cast + fused + cast"
 
 
 def naive(numel: int) -> Step:
@@ -39,16 +40,28 @@ def naive(numel: int) -> Step:
 
 
 def ours(numel: int, *, compiled: bool) -> Step:
-    """Update with `FusedAdam`."""
+    """Update with `FusedAdam`, which unscales and may skip as well."""
     weight = torch.randn(numel)
     grad, out = torch.randn(numel).bfloat16(), torch.empty(numel, dtype=torch.bfloat16)
-    optimizer = FusedAdam([weight], lr=1e-3, weight_decay=0.1)
-    optimizer._large = compiled
+    optimizer = FusedAdam([weight], lr=1e-3, weight_decay=0.1, compile=compiled)
+    given = {"out": out, "scale": torch.tensor(0.5), "found_inf": torch.tensor(0.0)}
 
     def step() -> None:
-        optimizer.update_leaf(weight, optimizer.param_groups[0], grad, out=out, scale=torch.tensor(0.5))
+        optimizer.update_leaf(weight, optimizer.param_groups[0], grad, **given)
 
     return step
+
+
+def measure(rows: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each row in each round, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(rounds + 1):
+        for name, step in rows.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    print("first step: " + ", ".join(f"{name} {spent[0]:.2f} s" for name, spent in times.items()) + "\n")
+    return {name: spent[1:] for name, spent in times.items()}
 
 
 def main() -> None:
@@ -56,24 +69,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--numel", type=int, default=33_554_432)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = {"cast + fused + cast": naive(args.numel), "chunked": ours(args.numel, compiled=False)}
-    if compiled_path.path_in_use()[0] == "compiled":
+    torch.set_num_threads(args.threads)
+    rows = {BASE: naive(args.numel), "chunked": ours(args.numel, compiled=False)}
+    path, reason = path_in_use()
+    print(f"on this machine: {path} ({reason})")
+    if path == "compiled":
         rows["compiled"] = ours(args.numel, compiled=True)
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    for round_ in range(args.rounds + 2):
-        for name, step in rows.items():
-            start = time.perf_counter()
-            step()
-            if round_ >= 2:
-                times[name].append(time.perf_counter() - start)
-    base = statistics.median(times["cast + fused + cast"])
+    times = measure(rows, args.rounds)
     print(f"| {'update':20} | median ms |  min ms | ratio |")
     print(f"|{'-' * 22}|----------:|--------:|------:|")
     for name, spent in times.items():
+        ratio = statistics.median(own / base for own, base in zip(spent, times[BASE], strict=True))
         median = statistics.median(spent)
-        print(f"| {name:20} | {median * 1e3:9.1f} | {min(spent) * 1e3:7.1f} | {median / base:5.2f} |")
+        print(f"| {name:20} | {median * 1e3:9.1f} | {min(spent) * 1e3:7.1f} | {ratio:5.2f} |")
 
 
 if __name__ == "__main__":

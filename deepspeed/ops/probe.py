@@ -37,7 +37,7 @@ CUT = 7
 def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
     """Whether updating pieces of a parameter gives the pieces of the updated parameter."""
     declared = getattr(optimizer, "elementwise", None)
-    if declared is not None:
+    if declared is not None or getattr(optimizer, "whole_parameters", False):
         return bool(declared)
     if type(optimizer) in ELEMENTWISE:
         return True

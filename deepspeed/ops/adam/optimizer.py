@@ -8,9 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeed.errors import ConfigError
-from deepspeed.ops.adam.compiled import WORTHWHILE, compiled_pass, give_up
-from deepspeed.ops.adam.kernel import AdamHyper, AdamTensors, chunked_pass, scalars
+from deepspeed.errors import ConfigError, UsageError
+from deepspeed.ops.adam.compiled import CompiledPass
+from deepspeed.ops.adam.kernel import (
+    CHUNK,
+    AdamHyper,
+    AdamTensors,
+    Control,
+    fused_kernel,
+    kernel_serves,
+    update,
+)
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -27,6 +35,8 @@ class FusedAdam(torch.optim.Optimizer):
         amsgrad: not supported.
         set_grad_none: accepted for the original's sake; ``zero_grad`` always sets to None.
         state_dtype: dtype of the moments; None: fp32 (fp64 for fp64 parameters).
+        compile: True compiles the update, False never does, None where a compiler is present and the
+            optimizer is large enough for it to pay.
 
     Raises:
         ConfigError: `amsgrad` is set, or a number is out of range.
@@ -46,6 +56,7 @@ class FusedAdam(torch.optim.Optimizer):
         amsgrad: bool = False,
         set_grad_none: bool = True,
         state_dtype: torch.dtype | None = None,
+        compile: bool | None = None,
     ) -> None:
         if amsgrad:
             raise ConfigError("amsgrad: expected False, got True; torch.optim.AdamW has it")
@@ -64,27 +75,62 @@ class FusedAdam(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
         self.state_dtype = state_dtype
-        self._large: bool | None = None
+        self._compiled = CompiledPass(compile)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update every parameter that has a gradient; return what `closure` returned."""
+        """Update every parameter that has a gradient; return what `closure` returned.
+
+        Raises:
+            UsageError: a gradient is sparse.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            small: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, group, param.grad)
+                if param.grad is None:
+                    continue
+                if param.grad.is_sparse:
+                    raise UsageError("FusedAdam: expected dense gradients, got a sparse one; use SparseAdam")
+                if self._is_plain(param):
+                    small.setdefault((param.device, param.dtype), []).append(param)
+                else:
+                    self._update_param(param, group)
+            for params in small.values():
+                self._update_together(params, group)
         return loss
 
-    def _update(self, param: Tensor, group: dict[str, Any], grad: Tensor) -> None:
+    def _is_plain(self, param: Tensor) -> bool:
+        """Whether a parameter can share one call of torch's kernel with others: small, all of one wide dtype."""
+        grad = param.grad
+        return (
+            grad is not None
+            and param.numel() < CHUNK
+            and param.is_contiguous()
+            and grad.is_contiguous()
+            and param.dtype == grad.dtype == self._dtype_of_state(param)
+            and kernel_serves(param)
+        )
+
+    def _update_together(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self._state_of(param) for param in params]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        moments = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+        grads = [param.grad for param in params if param.grad is not None]
+        fused_kernel(params, grads, moments, steps, self._hyper(group))
+
+    def _update_param(self, param: Tensor, group: dict[str, Any]) -> None:
+        grad = param.grad
+        assert grad is not None
         if param.is_contiguous():
             self.update_leaf(param.view(-1), group, grad.reshape(-1), state_of=param)
             return
         flat = param.contiguous().view(-1)
-        self.update_leaf(flat, group, grad.contiguous().reshape(-1), state_of=param)
+        self.update_leaf(flat, group, grad.contiguous().view(-1), state_of=param)
         param.copy_(flat.view(param.shape))
 
     @torch.no_grad()
@@ -110,50 +156,55 @@ class FusedAdam(torch.optim.Optimizer):
             found_inf: 0-dim; nonzero leaves everything as it is, the step count too.
             state_of: key of the state; default `leaf`.
         """
-        key = leaf if state_of is None else state_of
-        state = self.state[key] or self._new_state(key)
+        state = self._state_of(leaf if state_of is None else state_of)
         if leaf.numel() == 0:
             return
+        skip = None if found_inf is None else (found_inf != 0).float()
         step = state["step"]
-        step += 1 if found_inf is None else (found_inf == 0).to(step.dtype)
+        step += 1 if skip is None else 1 - skip
+        control = Control(step, scale, skip)
+        tensors = AdamTensors(
+            leaf.detach(), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), grad, out
+        )
         hyper = self._hyper(group)
-        numbers = scalars(hyper, step, scale, found_inf, leaf.device)
-        if leaf.device.type == "cpu" and numbers[9] == 0:
-            return
-        moments = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-        tensors = AdamTensors(leaf, *moments, grad, out)
-        if not self._run_compiled(tensors, numbers, hyper.decoupled):
-            chunked_pass(tensors, hyper, step, numbers)
+        self._compiled.decide(leaf.device.type, self._numel)
+        if not self._compiled.update(tensors, hyper, control):
+            update(tensors, hyper, control)
 
-    def _run_compiled(self, tensors: AdamTensors, numbers: Tensor, decoupled: bool) -> bool:
-        if self._large is None:
-            numel = sum(param.numel() for group in self.param_groups for param in group["params"])
-            self._large = numel >= WORTHWHILE
-        run = compiled_pass(tensors.master.device.type) if self._large else None
-        if run is None:
-            return False
-        try:
-            run(
-                tensors.master,
-                tensors.exp_avg,
-                tensors.exp_avg_sq,
-                tensors.grad,
-                tensors.out,
-                numbers,
-                decoupled,
-            )
-        except (RuntimeError, OSError) as error:  # a compiler that is there and does not work
-            give_up(error)
-            return False
-        return True
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned; the moments keep the dtype this optimizer keeps them in."""
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(saved, params, strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):  # torch has cast them to the dtype of the parameter
+                value = state_dict["state"].get(index, {}).get(name)
+                if value is not None:
+                    wanted = {"device": param.device, "dtype": self._dtype_of_state(param), "copy": True}
+                    self.state[param][name] = value.to(**wanted)
 
-    def _new_state(self, key: Tensor) -> dict[str, Any]:
-        dtype = self.state_dtype or torch.promote_types(key.dtype, torch.float32)
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {"adam_w_mode": self.adam_w_mode, "state_dtype": self.state_dtype}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compiled = CompiledPass()
+
+    def _numel(self) -> int:
+        return sum(param.numel() for group in self.param_groups for param in group["params"])
+
+    def _state_of(self, key: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[key]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=key.device)
-        state["exp_avg"] = torch.zeros_like(key, dtype=dtype, memory_format=torch.contiguous_format)
-        state["exp_avg_sq"] = torch.zeros_like(key, dtype=dtype, memory_format=torch.contiguous_format)
+        if not state:
+            dtype = self._dtype_of_state(key)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=key.device)
+            state["exp_avg"] = torch.zeros_like(key, dtype=dtype, memory_format=torch.contiguous_format)
+            state["exp_avg_sq"] = torch.zeros_like(key, dtype=dtype, memory_format=torch.contiguous_format)
         return state
+
+    def _dtype_of_state(self, key: Tensor) -> torch.dtype:
+        return self.state_dtype or torch.promote_types(key.dtype, torch.float32)
 
     def _hyper(self, group: dict[str, Any]) -> AdamHyper:
         beta1, beta2 = group["betas"]
