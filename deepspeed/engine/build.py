@@ -128,8 +128,14 @@ def precision_policy(settings: DeepSpeedConfig, module: nn.Module) -> PrecisionP
             else frozenset()
         ),
         loss_scaled=bool(fp16.enabled) or cast_dtype is torch.float16,
-        cast_inputs=storage is not None and not (fp16.enabled and fp16.auto_cast is False),
+        cast_inputs=storage is not None and not _casting_refused(settings),
     )
+
+
+def _casting_refused(settings: DeepSpeedConfig) -> bool:
+    """Inputs are cast unless the user wrote ``fp16.auto_cast: false``."""
+    fp16 = settings.fp16
+    return fp16.enabled and not fp16.auto_cast and settings.source_of("fp16.auto_cast") == "user"
 
 
 def dtype_of_buffers(settings: DeepSpeedConfig) -> torch.dtype | None:
@@ -260,6 +266,5 @@ def _make_loader(
         drop_last=settings.dataloader_drop_last,
         rank=data_parallel.rank,
         world_size=data_parallel.size,
-        pin_memory=device.type != "cpu",
-        **options,
+        **{"pin_memory": device.type != "cpu", **options},
     )

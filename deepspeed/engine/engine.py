@@ -87,6 +87,8 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         kwargs = {key: self._inputs.apply(value) for key, value in kwargs.items()}
         with self._autocast():
             output = self.module(*inputs, **kwargs)
+        if self.is_compiled:
+            self.watch_outputs(output)
         for feature in self._features:
             feature.forward_end(self)
         return output

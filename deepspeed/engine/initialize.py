@@ -69,6 +69,7 @@ def initialize(
     _destroy_earlier(model)
     if dist_init_required is not False:
         comm.init_distributed(distributed_port=distributed_port, verbose=False)
+    _use_own_device()
     log_dist(f"DeepSpeed info: version={__version__}, git-hash=unknown, git-branch=unknown", ranks=[0])
     data_parallel = RankGroup.of(data_parallel_group(mpu=mpu, mesh=mesh_param))
     settings = load_config(
@@ -80,6 +81,8 @@ def initialize(
         total_numel=sum(param.numel() for param in model.parameters()),
     )
     settings.announce_resolutions()
+    if settings.comms_logger.enabled:
+        comm.configure(settings)
     engine = DeepSpeedEngine(
         build_parts(
             model,
@@ -128,6 +131,13 @@ def hidden_size(model: nn.Module) -> int | None:
         if isinstance(size, int) and size > 0:
             return size
     return None
+
+
+def _use_own_device() -> None:
+    """Make this rank's device the current one, so that every allocation lands on it."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu" and "LOCAL_RANK" in os.environ:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]) % accelerator.device_count())
 
 
 def _destroy_earlier(model: nn.Module) -> None:

@@ -36,11 +36,6 @@ def choose_optimizer(
         else:
             return None
     _drop_frozen(optimizer)
-    if optimizer.state:
-        raise ConfigError(
-            f"optimizer: expected a fresh optimizer, got a {type(optimizer).__name__} that already has "
-            "state; initialize before its first step"
-        )
     return optimizer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class OutputWatch:
         return None if self._engine is None else self._engine()
 
     def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():  # the engine watches what a compiled module returns itself
+            return
         engine = self.engine()
         if engine is not None:
             engine.watch_outputs(output)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspeed.errors import ConfigError
 from deepspeed.zero.layout import Piece
 from deepspeed.zero.unit import Unit
 
@@ -76,6 +77,40 @@ def make_leaves(unit: Unit, group_of: Sequence[dict[str, Any]], *, whole_paramet
     for leaf in leaves:
         leaf.__post_init__()
     return leaves
+
+
+def take_state(leaf: Leaf, state: dict[Tensor, dict[str, Any]]) -> dict[str, Any]:
+    """Cut a leaf's state out of the state its parameters have in an optimizer that was used before, or that
+    makes state when it is made (Adagrad).
+
+    Raises:
+        ConfigError: parameters of one leaf have taken different numbers of steps.
+    """
+    states = [state.get(leaf.unit.params[piece.index]) or {} for piece in leaf.pieces]
+    return {key: _joined(leaf, key, [one.get(key) for one in states]) for key in states[0]}
+
+
+def _joined(leaf: Leaf, key: str, values: list[Any]) -> Any:
+    first = values[0]
+    params = [leaf.unit.params[piece.index] for piece in leaf.pieces]
+    if (
+        isinstance(first, Tensor)
+        and all(
+            isinstance(value, Tensor) and value.shape == param.shape
+            for value, param in zip(values, params, strict=True)
+        )
+        and (first.dim() > 0 or key != "step")
+    ):
+        whole = torch.zeros(leaf.stop - leaf.start, dtype=first.dtype, device=leaf.tensor.device)
+        for piece, value in zip(leaf.pieces, values, strict=True):
+            part = value.reshape(-1)[piece.param_start : piece.param_stop]
+            whole[piece.shard_start - leaf.start : piece.shard_stop - leaf.start] = part
+        return whole if leaf.shape is None else whole.view(leaf.shape)
+    if any(value is None or bool(value != first) for value in values):
+        raise ConfigError(
+            f"optimizer: its state {key!r} differs between parameters; initialize before its first step"
+        )
+    return first.clone() if isinstance(first, Tensor) else first
 
 
 def split_leaf(leaf: Leaf, unused: set[int], state: dict[Tensor, dict[str, Any]]) -> list[Leaf]:

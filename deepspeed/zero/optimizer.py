@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from deepspeed import comm
 from deepspeed.errors import UsageError
 from deepspeed.zero.gradients import UnitGradients
-from deepspeed.zero.leaves import Leaf, make_leaves, split_leaf
+from deepspeed.zero.leaves import Leaf, make_leaves, split_leaf, take_state
 from deepspeed.zero.reducer import Reducer
 from deepspeed.zero.slot import Slot
 from deepspeed.zero.stage import RankGroup
@@ -106,8 +106,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
             )
             for gradients in self._reducer.gradients
         }
+        self._carry_state(leaves)
         self._fill_groups(leaves)
         return leaves
+
+    def _carry_state(self, leaves: dict[Unit, list[Leaf]]) -> None:
+        """Hand the state that the user's optimizer already has from parameters to leaves."""
+        state = self.optimizer.state
+        if not state:
+            return
+        taken = {
+            leaf.tensor: take_state(leaf, state) for unit_leaves in leaves.values() for leaf in unit_leaves
+        }
+        state.clear()
+        state.update({tensor: values for tensor, values in taken.items() if values})
 
     def _fill_groups(self, leaves: dict[Unit, list[Leaf]]) -> None:
         for group in self.optimizer.param_groups:
