@@ -30,12 +30,21 @@ def choose_optimizer(
         if client is not None:
             optimizer = client(groups)
         elif settings.optimizer is not None and settings.optimizer.type is not None and groups:
-            optimizer = build_optimizer(
-                settings.optimizer.type, dict(settings.optimizer.params or {}), groups
-            )
+            optimizer = _configured(module, settings, settings.optimizer.type, groups)
         else:
             return None
     _drop_frozen(optimizer)
+    return optimizer
+
+
+def _configured(
+    module: nn.Module, settings: DeepSpeedConfig, type_name: str, groups: list[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    section = settings.optimizer
+    if type_name.lower() == "muon":
+        mark_for_muon(module)
+    optimizer = build_optimizer(type_name, dict(section.params or {}) if section else {}, groups)
+    _narrow_states(optimizer, settings)
     return optimizer
 
 

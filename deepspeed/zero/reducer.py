@@ -46,7 +46,7 @@ class Reducer:
         pool = BufferPool(device)
         self.gradients = [UnitGradients(unit, pool, predivide=predivide) for unit in units]
         self.sync = True
-        self.on_implicit_backward: Callable[[], None] = lambda: None
+        self.on_implicit_backward: Callable[[], None] = _nothing
         self._order = list(reversed(self.gradients))
         self._turn = 0
         self._landed = 0
@@ -110,6 +110,7 @@ class Reducer:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self.on_implicit_backward = _nothing
 
     @property
     def running(self) -> bool:
@@ -165,3 +166,7 @@ class Reducer:
     def _land_next(self) -> None:
         self._order[self._landed].land()
         self._landed += 1
+
+
+def _nothing() -> None:
+    """What happens at an unannounced backward unless somebody asked."""

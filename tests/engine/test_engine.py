@@ -403,7 +403,7 @@ def test_a_module_may_be_initialized_again_and_engines_leave_no_trace():
     model = nn.Linear(3, 2)
     references = []
     for _ in range(3):
-        engine, *_ = deepspeed.initialize(model=model, config=linear_config())
+        engine = deepspeed.initialize(model=model, config=linear_config())[0]
         train_one_step(engine)
         assert engine.global_steps == 1
         references.append(weakref.ref(engine))
