@@ -1,45 +1,62 @@
-"""Sharing out the cores of a machine among its ranks."""
+"""Sharing the machine's cores out to ranks."""
 
 from __future__ import annotations
 
 import os
-import re
+from collections.abc import Sequence
+from pathlib import Path
 
 from deepspeed.errors import ConfigError
 
+SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
-def share_cores(ranks: int, core_list: str | None = None) -> list[list[int]]:
-    """Give each rank an equal, contiguous share of the cores.
+Core = list[int]
+"""The logical processors of one physical core that this process may use."""
 
-    Args:
-        ranks: number of ranks.
-        core_list: cores to share out, as ``0-3,8``; None: those this process may use.
 
-    Raises:
-        ConfigError: the list is malformed, or there are fewer cores than ranks.
-    """
-    cores = parse_core_list(core_list) if core_list else available_cores()
+def usable_cores() -> list[Core]:
+    """Return the physical cores this process may run on."""
+    allowed = (
+        sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
+    cores: dict[int, Core] = {}
+    for cpu in allowed:
+        path = Path(SIBLINGS.format(cpu))
+        siblings = parse_cpus(path.read_text().strip()) if path.exists() else [cpu]
+        cores.setdefault(min(siblings), []).append(cpu)
+    return list(cores.values())
+
+
+def listed_cores(text: str) -> list[Core]:
+    """Return the processors named by --bind_core_list, each as a core of its own."""
+    try:
+        cpus = parse_cpus(text)
+    except ValueError:
+        raise ConfigError(
+            f"--bind_core_list: expected numbers and ranges like 0-7,16, got {text!r}"
+        ) from None
+    allowed = {cpu for core in usable_cores() for cpu in core}
+    foreign = sorted(set(cpus) - allowed)
+    if foreign:
+        raise ConfigError(f"--bind_core_list: expected processors this process may use, got {foreign}")
+    return [[cpu] for cpu in cpus]
+
+
+def parse_cpus(text: str) -> list[int]:
+    """Return the numbers of ``0-3,8`` in order, each once (ValueError for anything else)."""
+    cpus: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        cpus.update(range(int(first), int(last if dash else first) + 1))
+    return sorted(cpus)
+
+
+def share(cores: Sequence[Core], ranks: int) -> list[list[Core]]:
+    """Give each rank an equal run of neighbouring cores; what does not divide evenly stays free."""
     each = len(cores) // ranks
     if each == 0:
         raise ConfigError(
-            f"--bind_cores_to_rank: {len(cores)} cores cannot be shared by {ranks} ranks; start fewer ranks"
+            f"--bind_cores_to_rank: expected at least {ranks} cores, one for each rank, got {len(cores)}; "
+            "start fewer ranks or leave the option out"
         )
-    return [cores[rank * each : (rank + 1) * each] for rank in range(ranks)]
-
-
-def available_cores() -> list[int]:
-    """Return the cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def parse_core_list(text: str) -> list[int]:
-    """Parse ``0-3,8`` to ``[0, 1, 2, 3, 8]``."""
-    cores: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise ConfigError(f"--bind_core_list: expected numbers and ranges as 0-3,8, got {text!r}")
-        cores.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return sorted(cores)
+    return [list(cores[rank * each : (rank + 1) * each]) for rank in range(ranks)]

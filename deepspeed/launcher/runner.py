@@ -1,31 +1,37 @@
-"""The `deepspeed` command: start ranks through torch's elastic agent, and say clearly how they ended."""
+"""The `deepspeed` command: start a script on several ranks of this machine."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import signal
-import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from deepspeed.errors import ConfigError, DeepSpeedError, LaunchError
-from deepspeed.launcher import bootstrap
-from deepspeed.launcher.arguments import DLTS_HOSTFILE, parse_arguments
-from deepspeed.launcher.cores import share_cores
-from deepspeed.launcher.resources import fetch_hostfile, local_slots, parse_inclusion_exclusion
-
-DEEPSPEED_ENVIRONMENT_NAME = ".deepspeed_env"
-"""File of KEY=VALUE lines, in the working or home folder, that every rank gets as environment."""
+from deepspeed.common.logging import logger, set_log_level
+from deepspeed.errors import ConfigError, DeepSpeedError
+from deepspeed.launcher.cores import listed_cores, share, usable_cores
+from deepspeed.launcher.hosts import (
+    DLTS_HOSTFILE,
+    fetch_hostfile,
+    parse_inclusion_exclusion,
+    parse_resource_filter,
+)
+from deepspeed.launcher.options import parse
+from deepspeed.launcher.rank import Task
 
 EXPORT_ENVS = ["MLFLOW", "NCCL", "PYTHON", "MV2", "UCX"]
-"""Prefixes of variables that belong to a job."""
+"""Beginnings of the names of variables that other nodes get; on one node every variable is inherited."""
 
-GRACE_S = 5
-"""Seconds that ranks have to end after SIGTERM, before SIGKILL."""
+DEEPSPEED_ENVIRONMENT_NAME = ".deepspeed_env"
+"""File of KEY=VALUE lines, in this or the home folder: variables that ranks get unless they are set already."""
+
+GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+GRACE_SECONDS = "5"
+AGENT_PATIENCE = 15
 
 __all__ = [
     "DEEPSPEED_ENVIRONMENT_NAME",
@@ -34,149 +40,104 @@ __all__ = [
     "fetch_hostfile",
     "main",
     "parse_inclusion_exclusion",
+    "parse_resource_filter",
 ]
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the `deepspeed` command and exit with the first failing rank's code."""
+    """Run the command and exit with the code of the first rank that failed, or 0.
+
+    Wrong options exit with 2 and one sentence.
+    """
     try:
-        code = launch(parse_arguments(args))
+        code = launch(parse(args))
+    except KeyboardInterrupt:
+        code = 130
     except DeepSpeedError as error:
-        print(f"deepspeed: {error}".replace("deepspeed: deepspeed:", "deepspeed:"), file=sys.stderr)
-        code = 2
+        print(f"deepspeed: {error}", file=sys.stderr)
+        code = 2 if isinstance(error, ConfigError) else 1
     sys.exit(code)
 
 
-def launch(args: argparse.Namespace) -> int:
-    """Start the ranks and wait for them; return the exit code."""
-    _check_script(args)
-    import torch  # after the arguments are known to be right: it takes seconds
+def launch(options: argparse.Namespace) -> int:
+    """Start what the options ask for, wait for its end and return the exit code."""
+    # Here, because torch takes a second to load and a mistyped option should not wait for it.
+    from deepspeed.launcher import job, slots
 
-    gpus = torch.cuda.device_count()
-    slots = local_slots(gpus, args.num_gpus, args.include, args.exclude, fetch_hostfile(args.hostfile))
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
-    _load_environment_file()
-    with tempfile.TemporaryDirectory(prefix="deepspeed-launch-") as pids:
-        _set_environment(args, len(slots), pids)
-        try:
-            return _run_agent(args, len(slots), pids)
-        finally:
-            _end_leftovers(Path(pids))
-
-
-def _check_script(args: argparse.Namespace) -> None:
-    if not args.module and not args.no_python and not os.path.isfile(args.user_script):
-        raise ConfigError(f"script: expected a file, got {args.user_script!r}; -m starts a module")
-
-
-def _load_environment_file() -> None:
-    for folder in (Path.home(), Path.cwd()):
-        file = folder / DEEPSPEED_ENVIRONMENT_NAME
-        if file.is_file():
-            for line in file.read_text().splitlines():
-                name, equals, value = line.strip().partition("=")
-                if equals and not name.startswith("#"):
-                    os.environ[name] = value
-
-
-def _set_environment(args: argparse.Namespace, ranks: int, pids: str) -> None:
-    kind = "program" if args.no_python else "module" if args.module else "script"
-    shares = share_cores(ranks, args.bind_core_list) if args.bind_cores_to_rank else []
-    threads = len(shares[0]) if shares else max(1, (os.cpu_count() or 1) // ranks)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE_S))
-    os.environ[bootstrap.KIND] = kind
-    os.environ[bootstrap.LAUNCHER_PID] = str(os.getpid())
-    os.environ[bootstrap.PIDS] = pids
-    os.environ[bootstrap.CORES] = ";".join(",".join(map(str, share)) for share in shares)
-    os.environ[bootstrap.LOCAL_RANK_ARGUMENT] = "" if args.no_local_rank or args.no_python else "1"
-
-
-def _run_agent(args: argparse.Namespace, ranks: int, pids: str) -> int:
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    address = args.master_addr or "127.0.0.1"
-    logs = DefaultLogsSpecs(log_dir=args.enable_each_rank_log or os.path.join(pids, "logs"))
-    if args.enable_each_rank_log:
-        os.makedirs(args.enable_each_rank_log, exist_ok=True)
-        logs = DefaultLogsSpecs(log_dir=args.enable_each_rank_log, tee=Std.ALL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id="deepspeed",
-        rdzv_backend="static",
-        rdzv_endpoint=f"{address}:{_port(address, args.master_port)}",
-        rdzv_configs={"rank": 0, "timeout": 900},
-        max_restarts=0,
-        monitor_interval=0.1,
-        logs_specs=logs,
-        local_addr=address,
+    set_log_level(options.log_level)
+    if options.master_port is not None:
+        job.check_port(options.master_port)
+    if options.master_addr:
+        job.check_address(options.master_addr)
+    chosen = slots.choose_slots(options)
+    cores = listed_cores(options.bind_core_list) if options.bind_core_list else usable_cores()
+    shares = share(cores, chosen.ranks) if options.bind_cores_to_rank else []
+    _read_variables()
+    os.environ.update(chosen.environment)
+    os.environ.update(LOCAL_SIZE=str(chosen.ranks), CROSS_RANK="0", CROSS_SIZE="1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores) // chosen.ranks)))
+    task = Task(
+        launcher=os.getpid(),
+        kind="command" if options.no_python else "module" if options.module else "script",
+        local_rank_argument=not options.no_local_rank,
+        grace=_grace(),
+        log=_log_pattern(options.enable_each_rank_log),
+        cores=tuple(tuple(cpu for core in each for cpu in core) for each in shares),
     )
-    command = [sys.executable, "-u", bootstrap.__file__, args.user_script, *args.user_args]
+    command = ["-m", "deepspeed.launcher.rank", task.encode(), options.user_script, *options.user_args]
+    started = job.Job(
+        ranks=chosen.ranks,
+        command=command,
+        address=options.master_addr or job.LOCAL_ADDRESS,
+        port=options.master_port or 0,
+        extra=options.launcher_args,
+    )
+    logger.info("starting %s; threads a rank: %s", started, os.environ["OMP_NUM_THREADS"])
+    with _pid_file(options.save_pid):
+        return job.run(started)
+
+
+def _grace() -> int:
+    """Return the seconds ranks get to end by themselves.
+
+    Torch's agent, which reads the same variable, gets more, so that the guards are through before it kills them.
+    """
+    text = os.environ.get(GRACE, GRACE_SECONDS)
+    if not text.isdecimal():
+        raise ConfigError(f"{GRACE}: expected whole seconds, got {text!r}")
+    os.environ[GRACE] = str(int(text) + AGENT_PATIENCE)
+    return int(text)
+
+
+def _read_variables() -> None:
+    for folder in (Path.cwd(), Path.home()):
+        path = folder / DEEPSPEED_ENVIRONMENT_NAME
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            name, equals, value = line.strip().partition("=")
+            if equals and not name.startswith("#"):
+                os.environ.setdefault(name, value)
+
+
+def _log_pattern(folder: str | None) -> str:
+    """Return the name of each rank's log, with {rank} to be filled in; the folder is made."""
+    if not folder:
+        return ""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    name = f"{time.strftime('%Y%m%d%H%M%S')}_rank{{rank}}.log"
+    return str(Path(folder.replace("{", "{{").replace("}", "}}")).absolute() / name)
+
+
+@contextmanager
+def _pid_file(wanted: bool) -> Iterator[None]:
+    """Keep this process's id in a file named after it while the job runs."""
+    path = Path(tempfile.gettempdir()) / f"{os.getpid()}.ds"
+    if wanted:
+        path.write_text(str(os.getpid()))
     try:
-        elastic_launch(config, command[0])(*command[1:])
-    except ChildFailedError as error:
-        return _report(error, ranks)
-    except SignalException as error:
-        print(f"deepspeed: ended by {error.sigval.name}; all ranks were ended", file=sys.stderr)
-        return 128 + int(error.sigval)
-    except KeyboardInterrupt:
-        return 128 + int(signal.SIGINT)
-    return 0
-
-
-def _port(address: str, wanted: int) -> int:
-    """Return a free port on this machine, or the wanted one if it is free."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", wanted))
-        except OSError as error:
-            raise LaunchError(
-                f"--master_port: port {wanted} cannot be used ({error.strerror}); leave it out to get a free one"
-            ) from error
-        return int(probe.getsockname()[1])
-
-
-def _report(error: object, ranks: int) -> int:
-    """Print the first failing rank's end, its traceback last; return its exit code."""
-    rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
-    code = failure.exitcode
-    sys.stdout.flush()
-    if code < 0:
-        print(f"deepspeed: rank {rank} of {ranks} {_signal_in_words(-code)}", file=sys.stderr)
-        return 128 - code
-    print(f"deepspeed: rank {rank} of {ranks} failed first, with exit code {code}", file=sys.stderr)
-    if isinstance(failure.message, str) and failure.message.startswith("Traceback"):
-        print(failure.message.rstrip(), file=sys.stderr)
-    return int(code)
-
-
-def _signal_in_words(number: int) -> str:
-    name = signal.Signals(number).name
-    hints = {
-        signal.SIGKILL: ": probably out of host memory",
-        signal.SIGSEGV: ": it touched memory that is not its own",
-        signal.SIGABRT: ": a library gave up, see its message above",
-        signal.SIGBUS: ": probably out of shared memory",
-    }
-    return f"was killed by {name}{hints.get(signal.Signals(number), '')}"
-
-
-def _end_leftovers(pids: Path) -> None:
-    """Kill what is left of each rank's process group: its own children, should they ignore SIGTERM."""
-    for entry in pids.iterdir():
-        if entry.name.isdigit():
-            try:
-                os.killpg(int(entry.name), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        yield
+    finally:
+        if wanted:
+            path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
