@@ -6,7 +6,7 @@ A wrong name or type is then an error about the key the user wrote, not one from
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from numbers import Real
 from typing import Any
 
@@ -15,17 +15,20 @@ from torch import Tensor
 from deepspeed.errors import ConfigError, did_you_mean
 
 
-def check_arguments(where: str, make: Callable[..., Any], given: Mapping[str, Any], *, skip: int = 1) -> None:
+def check_arguments(
+    where: str, make: Callable[..., Any], given: Mapping[str, Any], *, hidden: Collection[str] = ()
+) -> None:
     """Raise ConfigError unless ``make(..., **given)`` has the right names, types and nothing missing.
 
     Args:
         where: path of the section, e.g. ``optimizer.params``.
-        make: class or function that will be called.
+        make: class or function that will be called; its first parameter does not come from here.
         given: its keyword arguments.
-        skip: leading parameters that do not come from the configuration.
+        hidden: parameters that a configuration cannot give.
     """
     name = getattr(make, "__name__", str(make))
-    accepted = dict(list(inspect.signature(make).parameters.items())[skip:])
+    _, *parameters = inspect.signature(make).parameters.values()
+    accepted = {parameter.name: parameter for parameter in parameters if parameter.name not in hidden}
     for key, value in given.items():
         if key not in accepted:
             raise ConfigError(
@@ -62,9 +65,8 @@ def _fits(value: Any, expected: str) -> bool:
     if expected == "a number":
         return _is_number(value)
     if expected.startswith("a list of"):
-        return (
-            isinstance(value, (list, tuple)) and f" {len(value)} " in expected and all(map(_is_number, value))
-        )
+        is_list = isinstance(value, (list, tuple)) and f" {len(value)} " in expected
+        return is_list and all(part is None or _is_number(part) for part in value)
     values = value if isinstance(value, (list, tuple)) else [value]
     return value is None or all(map(_is_number, values))
 

@@ -8,8 +8,8 @@ is updated by itself, and any sharding is right.
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,36 +37,56 @@ CUT = 7
 def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
     """Whether updating pieces of a parameter gives the pieces of the updated parameter."""
     declared = getattr(optimizer, "elementwise", None)
-    if declared is not None or getattr(optimizer, "whole_parameters", False):
+    if declared is not None:
         return bool(declared)
     if type(optimizer) in ELEMENTWISE:
         return True
-    whole, grads = _probe_values(SHAPES[:1])
-    updated = _run(optimizer, whole, grads)
-    pieces = []
-    for cut in (slice(None, CUT), slice(CUT, None)):
-        piece = _run(optimizer, [_flat(whole[0])[cut]], [[_flat(step[0])[cut]] for step in grads])
-        pieces.append(piece)
-    if updated is None or any(piece is None for piece in pieces):
-        return False
-    together = torch.cat([piece[0] for piece in pieces if piece is not None])
-    return torch.allclose(_flat(updated[0]), together, rtol=1e-5, atol=1e-7)
+    return all(_splits_elements(optimizer, options) for options in _kinds_of_groups(optimizer))
 
 
 def is_per_parameter(optimizer: torch.optim.Optimizer) -> bool:
     """Whether every parameter is updated without looking at the others."""
     if getattr(optimizer, "elementwise", False) or getattr(optimizer, "whole_parameters", False):
         return True
-    values, grads = _probe_values(SHAPES)
-    together = _run(optimizer, values, grads)
-    apart = [_run(optimizer, [values[i]], [[step[i]] for step in grads]) for i in range(len(values))]
-    if together is None or any(result is None for result in apart):
+    return all(_splits_parameters(optimizer, options) for options in _kinds_of_groups(optimizer))
+
+
+def _kinds_of_groups(optimizer: torch.optim.Optimizer) -> Iterator[dict[str, Any]]:
+    """Yield the options of each param group, once for equal ones: a flag in them may change the rule."""
+    seen: list[str] = []
+    for group in optimizer.param_groups:
+        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        if repr(options) not in seen:
+            seen.append(repr(options))
+            yield options
+
+
+def _splits_elements(optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> bool:
+    weights, grads = _probe_values(SHAPES[:1])
+    whole = _run(optimizer, options, weights, grads)
+    pieces = [
+        _run(optimizer, options, [_flat(weights[0])[cut]], [[_flat(step[0])[cut]] for step in grads])
+        for cut in (slice(None, CUT), slice(CUT, None))
+    ]
+    if whole is None or any(piece is None for piece in pieces):
         return False
-    return all(
-        torch.allclose(result[0], expected, rtol=1e-5, atol=1e-7)
-        for result, expected in zip(apart, together, strict=True)
-        if result is not None
-    )
+    return _equal(_flat(whole[0]), torch.cat([piece[0] for piece in pieces if piece is not None]))
+
+
+def _splits_parameters(optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> bool:
+    weights, grads = _probe_values(SHAPES)
+    together = _run(optimizer, options, weights, grads)
+    if together is None:
+        return False
+    for index, expected in enumerate(together):
+        alone = _run(optimizer, options, [weights[index]], [[step[index]] for step in grads])
+        if alone is None or not _equal(alone[0], expected):
+            return False
+    return True
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -85,22 +105,42 @@ def _probe_values(shapes: Sequence[tuple[int, ...]]) -> tuple[list[Tensor], list
 
 
 def _run(
-    optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], grads: Sequence[Sequence[Tensor]]
+    optimizer: torch.optim.Optimizer,
+    options: dict[str, Any],
+    weights: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor]],
 ) -> list[Tensor] | None:
     """Step a stateless copy of `optimizer` on copies of `weights`; None where it cannot be run so."""
-    params = [torch.nn.Parameter(weight.clone()) for weight in weights]
-    twin = copy.copy(optimizer)
-    twin.state = defaultdict(dict)
-    options: dict[str, Any] = {
-        key: value for key, value in optimizer.param_groups[0].items() if key != "params"
-    }
-    twin.param_groups = [{**copy.deepcopy(options), "params": params}]
-    with torch.random.fork_rng(devices=[]):
+    if any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values()):
+        return None  # it steps another optimizer, which holds the real parameters
+    device = _device_of(optimizer)
+    params = [torch.nn.Parameter(weight.to(device, copy=True)) for weight in weights]
+    twin = _stateless_twin(optimizer, {**copy.deepcopy(options), "params": params})
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         try:
             for step in grads:
                 for param, grad in zip(params, step, strict=True):
-                    param.grad = grad.clone()
+                    param.grad = grad.to(device, copy=True)
                 type(optimizer).step(twin)
         except Exception:  # whatever a foreign optimizer raises on plain tensors, it cannot be served
             return None
     return [param.detach() for param in params]
+
+
+def _device_of(optimizer: torch.optim.Optimizer) -> torch.device:
+    """Where its parameters are: some optimizers refuse any other device."""
+    devices = [param.device for group in optimizer.param_groups for param in group["params"]]
+    return devices[0] if devices and devices[0].type != "meta" else torch.device("cpu")
+
+
+def _stateless_twin(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> torch.optim.Optimizer:
+    """Copy an optimizer's attributes, one level deep, without its parameters, state and hooks."""
+    twin: torch.optim.Optimizer = object.__new__(type(optimizer))
+    for name, value in vars(optimizer).items():
+        plain = isinstance(value, (dict, list, set))
+        if isinstance(value, OrderedDict) and name.endswith("_hooks"):
+            value = OrderedDict()
+        vars(twin)[name] = copy.copy(value) if plain else value
+    twin.state = defaultdict(dict)
+    twin.param_groups = [group]
+    return twin

@@ -33,7 +33,7 @@ class FusedAdam(torch.optim.Optimizer):
         adam_w_mode: decoupled weight decay (AdamW); False adds it to the gradient.
         weight_decay: weight decay.
         amsgrad: not supported.
-        set_grad_none: accepted for the original's sake; ``zero_grad`` always sets to None.
+        set_grad_none: what ``zero_grad`` does; must be True.
         state_dtype: dtype of the moments; None: fp32 (fp64 for fp64 parameters).
         compile: True compiles the update, False never does, None where a compiler is present and the
             optimizer is large enough for it to pay.
@@ -59,7 +59,9 @@ class FusedAdam(torch.optim.Optimizer):
         compile: bool | None = None,
     ) -> None:
         if amsgrad:
-            raise ConfigError("amsgrad: expected False, got True; torch.optim.AdamW has it")
+            raise ConfigError("amsgrad: expected False, got True; torch.optim.AdamW (torch_adam) has it")
+        if not set_grad_none:
+            raise ConfigError("set_grad_none: expected True, got False; zero_grad(set_to_none=False) fills")
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ConfigError(
                 "Adam: expected lr, eps, weight_decay >= 0 and betas in [0, 1), got "

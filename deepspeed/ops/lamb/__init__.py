@@ -1,4 +1,9 @@
-"""LAMB: Adam with a trust ratio for every parameter (arXiv 1904.00962)."""
+"""LAMB: Adam with a trust ratio for every parameter (arXiv 1904.00962).
+
+Note [Bias correction outside the ratio]
+The paper corrects the moments, so the trust ratio cancels most of the correction. The original applies it to
+the learning rate instead, which starts training slower: recipes were tuned with that, and it is done here.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,7 @@ class FusedLamb(LeafOptimizer):
     Args:
         params: parameters or param groups.
         lr: learning rate.
-        bias_correction: correct the moments for their start at zero.
+        bias_correction: correct for the moments' start at zero; see Note [Bias correction outside the ratio].
         betas: decay rates of the moments.
         eps: added to the denominator.
         eps_inside_sqrt: add it under the root instead.
@@ -78,22 +83,26 @@ class FusedLamb(LeafOptimizer):
         g = scaled(grad, scale)
         first = state["exp_avg"] * beta1 + g * (1 - beta1)
         second = state["exp_avg_sq"] * beta2 + g * g * (1 - beta2)
-        update = self._direction(first, second, step, group) + group["weight_decay"] * leaf
-        ratio = self._trust_ratio(leaf, update, group)
-        assign(leaf, leaf - group["lr"] * ratio * update, found_inf)
+        update = self._direction(first, second, group) + group["weight_decay"] * leaf
+        rate = self._rate(step, group) * self._trust_ratio(leaf, update, group)
+        assign(leaf, leaf - rate * update, found_inf)
         assign(state["exp_avg"], first, found_inf)
         assign(state["exp_avg_sq"], second, found_inf)
         if out is not None:
             out.copy_(leaf)
 
-    def _direction(self, first: Tensor, second: Tensor, step: Tensor, group: dict[str, Any]) -> Tensor:
-        if group["bias_correction"]:
-            count, (beta1, beta2) = step.double(), group["betas"]
-            first = first / (1 - beta1**count).to(first.dtype)
-            second = second / (1 - beta2**count).to(second.dtype)
-        if self.eps_inside_sqrt:
-            return torch.div(first, (second + group["eps"]).sqrt())
-        return torch.div(first, second.sqrt() + group["eps"])
+    def _direction(self, first: Tensor, second: Tensor, group: dict[str, Any]) -> Tensor:
+        eps: float = group["eps"]
+        return first / ((second + eps).sqrt() if self.eps_inside_sqrt else second.sqrt() + eps)
+
+    def _rate(self, step: Tensor, group: dict[str, Any]) -> Tensor:
+        """The learning rate with the bias correction."""
+        lr: float = group["lr"]
+        if not group["bias_correction"]:
+            return torch.full_like(step, lr)
+        (beta1, beta2), count = group["betas"], step.double()
+        corrected: Tensor = lr * (1 - beta2**count).sqrt() / (1 - beta1**count)
+        return corrected.float()
 
     def _trust_ratio(self, leaf: Tensor, update: Tensor, group: dict[str, Any]) -> Tensor:
         """The weight's norm over the update's, within bounds; 1 where either is zero."""

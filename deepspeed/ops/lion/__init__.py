@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspeed.errors import ConfigError
 from deepspeed.ops.stepping import LeafOptimizer, assign, count_step, new_moments, scaled
 
 
@@ -19,7 +20,7 @@ class FusedLion(LeafOptimizer):
         lr: learning rate; a third to a tenth of Adam's.
         betas: interpolation of the update, and decay of the momentum.
         weight_decay: weight decay.
-        set_grad_none: accepted for the original's sake; ``zero_grad`` always sets to None.
+        set_grad_none: what ``zero_grad`` does; must be True.
     """
 
     elementwise = True
@@ -32,6 +33,13 @@ class FusedLion(LeafOptimizer):
         weight_decay: float = 0.0,
         set_grad_none: bool = True,
     ) -> None:
+        if lr < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(
+                "Lion: expected lr, weight_decay >= 0 and betas in [0, 1), got "
+                f"lr={lr}, weight_decay={weight_decay}, betas={tuple(betas)}"
+            )
+        if not set_grad_none:
+            raise ConfigError("set_grad_none: expected True, got False; zero_grad(set_to_none=False) fills")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -52,10 +52,10 @@ class MuonWithAuxAdam(LeafOptimizer):
     ) -> None:
         if ns_method not in ("gram", "standard"):
             raise ConfigError(f'ns_method: expected "gram" or "standard", got {ns_method!r}')
-        rates = {True: muon_lr or lr or MUON_LR, False: adam_lr or lr or ADAM_LR}
-        groups = [dict(group) for group in params]
-        for group in groups:
-            group.setdefault("lr", rates[bool(group.get("use_muon"))])
+        rates = {True: _first(muon_lr, lr, MUON_LR), False: _first(adam_lr, lr, ADAM_LR)}
+        groups = [group if isinstance(group, dict) else {"params": [group]} for group in params]
+        groups = [{"lr": rates[bool(group.get("use_muon"))], **group} for group in groups]
+        _check_matrices(groups)
         defaults = {
             "lr": rates[True],
             "momentum": momentum,
@@ -108,8 +108,25 @@ class MuonWithAuxAdam(LeafOptimizer):
             out.copy_(leaf)
 
 
+def _first(*rates: float | None) -> float:
+    return next(rate for rate in rates if rate is not None)
+
+
+def _check_matrices(groups: list[dict[str, Any]]) -> None:
+    for group in groups:
+        for param in group["params"] if group.get("use_muon") else ():
+            if param.dim() < 2:
+                raise ConfigError(
+                    f"use_muon: expected parameters of two or more dimensions, got shape {tuple(param.shape)}; "
+                    "put it in a group without use_muon, where Adam updates it"
+                )
+
+
 def orthogonalise(matrix: Tensor, steps: int = 5, method: str = "gram") -> Tensor:
     """Return the nearest matrix with orthonormal rows or columns, roughly (Newton-Schulz).
+
+    On an accelerator the standard method multiplies in bf16, which the iteration forgives. The Gram matrix
+    squares the singular values, so that method stays in the matrix's own dtype.
 
     Args:
         matrix: [rows, ...]; further dimensions are flattened to columns.
@@ -117,10 +134,15 @@ def orthogonalise(matrix: Tensor, steps: int = 5, method: str = "gram") -> Tenso
         method: see `MuonWithAuxAdam`.
     """
     flat = matrix.reshape(matrix.shape[0], -1)
-    wide = flat.mT if flat.shape[0] > flat.shape[1] else flat
+    tall = flat.shape[0] > flat.shape[1]
+    wide = flat.mT if tall else flat
     x = wide / (torch.linalg.vector_norm(wide) + 1e-7)
-    result = _iterate_on_gram(x, steps) if method == "gram" else _iterate_on_matrix(x, steps)
-    return (result.mT if flat.shape[0] > flat.shape[1] else result).reshape(matrix.shape)
+    if method == "gram":
+        result = _iterate_on_gram(x, steps)
+    else:
+        low = x if x.device.type == "cpu" else x.bfloat16()
+        result = _iterate_on_matrix(low, steps).to(x.dtype)
+    return (result.mT if tall else result).reshape(matrix.shape)
 
 
 def _iterate_on_matrix(x: Tensor, steps: int) -> Tensor:
