@@ -7,66 +7,81 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import StringIO
+from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
-from rich.console import Console
+from rich.box import ROUNDED
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.config import load_config
 from deepspeed.config.report import render_config
-from deepspeed.errors import DeepSpeedError
+from deepspeed.errors import ConfigError, DeepSpeedError
+from deepspeed.launcher.cores import usable_cores
 from deepspeed.ops.adam import path_in_use
+from deepspeed.ops.adam.compiled import WORTHWHILE
 from deepspeed.version import __version__
 
 OPTIONAL = {
-    "transformers": "Hugging Face models and Trainer",
-    "accelerate": "Hugging Face launcher and loop",
-    "peft": "adapters",
+    "matplotlib": "pictures of the loss",
     "tensorboard": "the tensorboard monitor",
     "wandb": "the wandb monitor",
     "comet_ml": "the comet monitor",
-    "matplotlib": "pictures",
-    "mpi4py": "address discovery under mpirun",
     "triton": "compiled kernels on GPUs",
+    "mpi4py": "finding the first rank's address under mpirun",
+    "transformers": "Hugging Face models and Trainer",
+    "accelerate": "Hugging Face training loops",
+    "peft": "adapters",
 }
+"""Import name of each package that something can use, and what."""
+
+SPEAKING = ("DS_", "DEEPSPEED_", "OMP_", "MKL_", "CUDA_", "NCCL_", "GLOO_", "TORCH", "CXX", "MASTER_")
+"""Beginnings of names of environment variables that change what happens."""
+
+PLAIN_WIDTH = 160
 
 Rows = Iterable[tuple[str, str]]
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the `ds_report` command."""
+    """Run the `ds_report` command; a configuration that cannot be used exits with 2 and one sentence."""
     parser = argparse.ArgumentParser(
-        "ds_report", description="Report on this machine, or on a configuration."
+        "ds_report", description="Report on this machine, or on a configuration.", allow_abbrev=False
     )
     parser.add_argument("--config", metavar="FILE", help="show what this configuration means, value by value")
-    parser.add_argument("--world", type=int, default=1, metavar="N", help="as seen by this many ranks")
+    parser.add_argument("--world", type=int, default=1, metavar="N", help="as seen by N ranks (default: 1)")
     options = parser.parse_args(args)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    if options.config is None:
-        for title, rows in sections():
-            console.print(_table(title, rows))
-        return
     try:
-        config = load_config(options.config, world_size=options.world, refuse_unbuilt=False)
+        parts = [effective(options.config, options.world)] if options.config else list(machine())
     except DeepSpeedError as error:
         print(f"ds_report: {error}", file=sys.stderr)
         sys.exit(2)
-    console.print(render_config(config))
+    for part in parts:
+        show(part)
 
 
-def sections() -> list[tuple[str, Rows]]:
-    """Return the report as (title, rows) pairs."""
-    return [
-        ("Software", software()),
-        ("Hardware", hardware()),
-        ("Optimised paths", paths()),
-        ("Optional packages", packages()),
-    ]
+def effective(source: str, world: int) -> Table:
+    """Return the effective configuration on `world` ranks, what is not built yet included."""
+    if world < 1:
+        raise ConfigError(f"--world: expected at least 1, got {world}")
+    return render_config(load_config(source, world_size=world, refuse_unbuilt=False))
+
+
+def machine() -> Iterator[Table]:
+    """Yield the report on this machine, table by table."""
+    yield table("Software", software())
+    yield table("Machine", hardware())
+    yield table("Compilers", compilers())
+    yield table("Optimised paths", paths())
+    yield table("Optional packages", packages())
+    yield table("Environment variables", variables(os.environ))
 
 
 def software() -> Rows:
@@ -74,53 +89,97 @@ def software() -> Rows:
     yield "deepspeed", f"{__version__} in {os.path.dirname(__file__)}"
     yield "Python", f"{platform.python_version()} in {sys.executable}"
     yield "torch", f"{torch.__version__} in {os.path.dirname(torch.__file__)}"
-    yield "CUDA of torch", torch.version.cuda or "none"
-    yield "platform", platform.platform()
+    yield "torch is built for", _built_for()
+    yield "system", platform.platform()
+
+
+def _built_for() -> str:
+    if torch.version.cuda:
+        return f"CUDA {torch.version.cuda}"
+    return f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
 
 
 def hardware() -> Rows:
-    """Devices, cores, memory and the communication backends between them."""
+    """Devices, cores, memory, and the communication backends between ranks."""
     accelerator = get_accelerator()
-    yield "accelerator", accelerator.device_name()
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    yield "GPUs", ", ".join(gpus) or "none"
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield "cores", f"{usable} usable, torch uses {torch.get_num_threads()} threads"
+    yield "accelerator", "none: ranks are CPU processes" if accelerator.on_host else accelerator.kind
+    yield from _devices()
+    logical = sum(len(core) for core in usable_cores())
+    threads = torch.get_num_threads()
+    yield "cores", f"{len(usable_cores())} ({logical} threads); torch uses {threads} in a single process"
+    yield "vector instructions", torch.backends.cpu.get_cpu_capability()
     memory = psutil.virtual_memory()
-    yield "memory", f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free"
+    yield "host memory", f"{_gib(memory.total)}, {_gib(memory.available)} free"
     if os.path.isdir("/dev/shm"):
-        yield "shared memory", f"{psutil.disk_usage('/dev/shm').total / 2**30:.1f} GiB"
-    backends = {
-        "gloo": dist.is_gloo_available(),
-        "nccl": dist.is_nccl_available(),
-        "mpi": dist.is_mpi_available(),
-    }
-    yield "backends", ", ".join(name for name, there in backends.items() if there) or "none"
-    yield "bf16", "yes" if accelerator.is_bf16_supported() else "no"
+        disk = shutil.disk_usage("/dev/shm")
+        yield "shared memory", f"{_gib(disk.total)}, {_gib(disk.free)} free"
+    yield "backends", ", ".join(name for name, there in _backends().items() if there) or "none"
+    yield "bf16", _bf16()
     yield "fp16", "yes" if accelerator.is_fp16_supported() else "no"
 
 
+def _devices() -> Rows:
+    accelerator = get_accelerator()
+    for index in range(0 if accelerator.on_host else accelerator.device_count()):
+        found = accelerator.module.get_device_properties(index)
+        yield accelerator.device_name(index), f"{found.name}, {_gib(found.total_memory)}"
+
+
+def _backends() -> dict[str, bool]:
+    return {
+        name: bool(getattr(dist, f"is_{name}_available", bool)())
+        for name in ("gloo", "nccl", "xccl", "mpi", "ucc")
+    }
+
+
+def _bf16() -> str:
+    accelerator = get_accelerator()
+    if not accelerator.is_bf16_supported():
+        return "no"
+    cpu = Path("/proc/cpuinfo")
+    if (
+        accelerator.on_host
+        and cpu.exists()
+        and not {"avx512_bf16", "amx_bf16"} & set(cpu.read_text().split())
+    ):
+        return "in software, slower than fp32: this processor has neither AVX512-BF16 nor AMX"
+    return "yes"
+
+
+def compilers() -> Rows:
+    """What torch.compile would use."""
+    for name in dict.fromkeys((os.environ.get("CXX", "g++"), "g++", "clang++")):
+        yield name, shutil.which(name) or "not found"
+    yield "triton", _version("triton")
+
+
 def paths() -> Rows:
-    """Which form of each optimised operation this machine uses, and why."""
-    kind = torch.device(get_accelerator().current_device_name()).type
-    name, reason = path_in_use(kind)
-    yield "Adam", f"{name}: {reason}"
-    if kind == "cpu":
-        yield "all-gather, reduce-scatter", "direct exchange: ranks on CPU over gloo"
+    """Which form of each optimised operation is used here, and why."""
+    accelerator = get_accelerator()
+    form, reason = path_in_use(accelerator.kind)
+    size = f" from {WORTHWHILE:,} weights a rank on, chunked below" if form == "compiled" else ""
+    yield "Adam, AdamW", f"{form}{size}: {reason}"
+    if accelerator.on_host:
+        yield "all-gather, reduce-scatter", "direct exchange over gloo: ranks are CPU processes"
     else:
-        yield "all-gather, reduce-scatter", get_accelerator().communication_backend_name()
+        yield "all-gather, reduce-scatter", f"{accelerator.communication_backend_name()}'s own"
 
 
 def packages() -> Rows:
-    """Optional packages: version, or what is missing without them."""
+    """Optional packages: version, and what they serve."""
     for name, use in OPTIONAL.items():
-        if importlib.util.find_spec(name) is None:
-            yield name, f"not installed ({use})"
-        else:
-            yield name, _version(name)
+        yield name, f"{_version(name)} ({use})"
+
+
+def variables(environ: Mapping[str, str]) -> Rows:
+    """Environment variables that change how ranks start, compute or talk."""
+    found = {name: value for name, value in sorted(environ.items()) if name.startswith(SPEAKING)}
+    return found.items() if found else [("none", "that matters here is set")]
 
 
 def _version(package: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
     names = importlib.metadata.packages_distributions().get(package, [package])
     try:
         return importlib.metadata.version(names[0])
@@ -128,13 +187,31 @@ def _version(package: str) -> str:
         return "installed"
 
 
-def _table(title: str, rows: Rows) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, min_width=60)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def table(title: str, rows: Rows) -> Table:
+    """Return rows as a table: framed on a terminal, plain text elsewhere."""
+    framed = sys.stdout.isatty()
+    made = Table(
+        title=title, title_justify="left", show_header=False, box=ROUNDED if framed else None, pad_edge=framed
+    )
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
-    return table
+        made.add_row(name, value)
+    return made
+
+
+def show(part: RenderableType) -> None:
+    """Print a part of the report."""
+    if sys.stdout.isatty():
+        Console(highlight=False, markup=False).print(part)
+        return
+    buffer = StringIO()
+    Console(file=buffer, width=PLAIN_WIDTH, highlight=False, markup=False).print(part)
+    print("\n".join(line.rstrip() for line in buffer.getvalue().splitlines()), end="\n\n")
 
 
 if __name__ == "__main__":
