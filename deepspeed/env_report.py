@@ -24,7 +24,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.config import load_config
 from deepspeed.config.report import render_config
 from deepspeed.errors import ConfigError, DeepSpeedError
-from deepspeed.launcher.cores import usable_cores
 from deepspeed.ops.adam import path_in_use
 from deepspeed.ops.adam.compiled import WORTHWHILE
 from deepspeed.version import __version__
@@ -104,9 +103,9 @@ def hardware() -> Rows:
     accelerator = get_accelerator()
     yield "accelerator", "none: ranks are CPU processes" if accelerator.on_host else accelerator.kind
     yield from _devices()
-    logical = sum(len(core) for core in usable_cores())
-    threads = torch.get_num_threads()
-    yield "cores", f"{len(usable_cores())} ({logical} threads); torch uses {threads} in a single process"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
+    cores, threads = psutil.cpu_count(logical=False), torch.get_num_threads()
+    yield "cores", f"{cores}, {usable} processors usable; torch uses {threads} threads in a single process"
     yield "vector instructions", torch.backends.cpu.get_cpu_capability()
     memory = psutil.virtual_memory()
     yield "host memory", f"{_gib(memory.total)}, {_gib(memory.available)} free"
