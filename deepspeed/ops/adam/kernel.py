@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 CHUNK = 131_072
-"""Elements updated at a time on a host. Smaller pieces fit nearer caches, but each costs ten microseconds of
-calls; a core with 1 MiB of its own cache is fastest from here to twice as many."""
+"""Elements a thread of the host updates at a time. Smaller pieces fit nearer caches, but each costs ten
+microseconds of calls; a core with 1 MiB of its own cache is fastest from here to twice as many."""
 
 DEVICE_CHUNK = 16_777_216
 """The same on an accelerator, where it only bounds the memory for the cast gradient."""
@@ -149,7 +149,8 @@ def update(tensors: AdamTensors, hyper: AdamHyper, control: Control) -> None:
     torch's fused kernel serves where weights and moments share a wide dtype; narrow moments are computed in
     fp32 by `adam_pass` itself.
     """
-    size = CHUNK if tensors.master.device.type == "cpu" else DEVICE_CHUNK
+    on_host = tensors.master.device.type == "cpu"
+    size = CHUNK * torch.get_num_threads() if on_host else DEVICE_CHUNK
     dtype = tensors.master.dtype
     if dtype != tensors.exp_avg.dtype or not kernel_serves(tensors.master):
         vector = numbers(hyper, control)
