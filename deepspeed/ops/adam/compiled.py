@@ -24,7 +24,7 @@ from deepspeed.ops.adam.kernel import CHUNK, AdamHyper, AdamTensors, Control, ad
 SWITCH = "DEEPSPEED_COMPILE_OPTIMIZER"
 """Environment variable; ``0`` never compiles unless an optimizer asks for it."""
 
-WORTHWHILE = 32_000_000
+WORTHWHILE = 64_000_000
 """Elements an optimizer updates on a rank from which on compiling pays: it takes some seconds and 100 MB for
 the compiler, and saves a fifth of a nanosecond per element and step over the chunked update."""
 
