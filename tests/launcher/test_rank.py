@@ -57,6 +57,21 @@ def test_a_script_finds_its_neighbours_and_itself_as_main(tmp_path):
     assert done.returncode == 0
 
 
+def test_a_relative_script_is_known_by_its_whole_path_and_its_children_find_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(
+        tmp_path,
+        """
+        import multiprocessing, os, sys
+        def double(x): return 2 * x
+        if __name__ == "__main__":
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                print(pool.map(double, [4]), os.path.isabs(__file__), sys.argv[0])
+        """,
+    )
+    assert start_rank(tmp_path, "script.py").communicate(timeout=60) == ("[8] True script.py\n", "")
+
+
 def test_a_module_runs_as_python_m_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "import sys; print(__name__, sys.argv[1:])", "some_module.py")
@@ -71,6 +86,13 @@ def test_a_command_runs_without_python_and_its_last_lines_are_kept(tmp_path):
     assert done.communicate(timeout=60) == ("out\n", "bad\n")
     assert done.returncode == 7
     assert (record_in(tmp_path)["text"], record_in(tmp_path)["code"]) == ("bad", 7)
+
+
+def test_a_successful_commands_errors_are_shown_to_the_last_byte(tmp_path):
+    shell = "head -c 300000 /dev/zero | tr '\\0' x >&2"
+    done = start_rank(tmp_path, "sh", "-c", shell, kind="command", local_rank_argument=False)
+    assert len(done.communicate(timeout=60)[1]) == 300000
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -160,26 +182,6 @@ def test_a_script_that_ignores_sigterm_is_killed_after_the_grace(tmp_path):
     assert rank.returncode == 128 + signal.SIGKILL
     assert gone(pids)
     assert record_in(tmp_path)["ended"] is True
-
-
-def test_a_script_may_use_the_grace_to_save(tmp_path):
-    script = write(
-        tmp_path,
-        """
-        import os, signal, sys, time
-        def save(*_):
-            print("saved")
-            sys.exit(0)
-        signal.signal(signal.SIGTERM, save)
-        os.write(1, b"ready\\n")  # a handler cannot print while print runs
-        time.sleep(300)
-        """,
-    )
-    rank = start_rank(tmp_path, script)
-    assert rank.stdout.readline() == "ready\n"
-    os.killpg(rank.pid, signal.SIGTERM)
-    assert rank.communicate(timeout=60)[0] == "saved\n"
-    assert rank.returncode == 0
 
 
 def test_an_error_before_the_order_to_end_is_not_taken_for_its_consequence(tmp_path):
