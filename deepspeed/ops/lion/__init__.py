@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.errors import ConfigError
-from deepspeed.ops.stepping import LeafOptimizer, assign, check_numbers, count_step, scaled, wide
+from deepspeed.ops.stepping import LeafOptimizer, assign, count_step, new_moments, scaled
 
 
 class FusedLion(LeafOptimizer):
@@ -33,16 +33,14 @@ class FusedLion(LeafOptimizer):
         weight_decay: float = 0.0,
         set_grad_none: bool = True,
     ) -> None:
-        check_numbers("Lion", lr=lr, weight_decay=weight_decay, betas=betas)
+        if lr < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(
+                "Lion: expected lr, weight_decay >= 0 and betas in [0, 1), got "
+                f"lr={lr}, weight_decay={weight_decay}, betas={tuple(betas)}"
+            )
         if not set_grad_none:
             raise ConfigError("set_grad_none: expected True, got False; zero_grad(set_to_none=False) fills")
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "weight_decay": weight_decay,
-            "fp32_optimizer_states": True,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
     @torch.no_grad()
     def update_leaf(
@@ -55,37 +53,21 @@ class FusedLion(LeafOptimizer):
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        state = self._state_of(leaf, group, "exp_avg")
+        state = self.state[leaf]
+        new_moments(state, leaf, "exp_avg")
         count_step(state, found_inf)
         beta1, beta2 = group["betas"]
-        g, momentum = scaled(grad, scale), wide(state["exp_avg"])
+        g, momentum = scaled(grad, scale), state["exp_avg"]
         direction = torch.lerp(g, momentum, beta1).sign_()
-        weight = wide(leaf) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * direction
+        weight = leaf * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * direction
         assign(leaf, weight, found_inf)
-        assign(state["exp_avg"], torch.lerp(g, momentum, beta2), found_inf)
+        assign(momentum, torch.lerp(g, momentum, beta2), found_inf)
         if out is not None:
             out.copy_(leaf)
 
 
 class DeepSpeedCPULion(FusedLion):
-    """`FusedLion` with the arguments of the original's host optimizer.
-
-    Args:
-        model_params: parameters or param groups.
-        fp32_optimizer_states: keep the momentum in fp32; False: in the parameters' dtype.
-    """
-
-    def __init__(
-        self,
-        model_params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        fp32_optimizer_states: bool = True,
-    ) -> None:
-        super().__init__(model_params, lr=lr, betas=betas, weight_decay=weight_decay)
-        for group in (self.defaults, *self.param_groups):
-            group["fp32_optimizer_states"] = fp32_optimizer_states
+    """`FusedLion` under the name of the original's host optimizer."""
 
 
 __all__ = ["DeepSpeedCPULion", "FusedLion"]
