@@ -29,6 +29,9 @@ from deepspeed.zero.slot import Slot
 from deepspeed.zero.stage import RankGroup
 from deepspeed.zero.unit import Unit
 
+NORM_PART = 65_536
+"""Elements of a shard whose norm is taken at a time on the host."""
+
 
 class LossScale(Protocol):
     """What the optimizer needs of a loss scaler (see `deepspeed.precision.loss_scaler`)."""
@@ -267,7 +270,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         parameter was used on this rank: then it was used somewhere.
         """
         shards = [gradients.shard for gradients in active if gradients.shard is not None]
-        norms = [torch.linalg.vector_norm(shard, dtype=torch.float32) for shard in shards]
+        norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in _norm_parts(shards)]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         used = [flag for gradients in active for flag in gradients.used]
         group = self._data_parallel
@@ -349,6 +352,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 if not bool(torch.isfinite(part).all()):
                     return gradients.unit.names[piece.index]
         return None
+
+
+def _norm_parts(shards: Sequence[Tensor]) -> list[Tensor]:
+    """Cut shards on the host into parts that fit the cache: there torch widens a whole 16-bit tensor in memory
+    before it takes the norm, and adds up a long one less exactly."""
+    if shards[0].device.type != "cpu":
+        return list(shards)
+    return [part for shard in shards for part in shard.split(NORM_PART)]
 
 
 def _read(flag: Tensor) -> bool:
