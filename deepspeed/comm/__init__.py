@@ -32,6 +32,7 @@ from deepspeed.comm.collectives import (
     all_reduce,
     reduce_scatter,
     reduce_scatter_single,
+    start_all_reduce,
 )
 from deepspeed.comm.init import default_timeout, init_distributed, mpi_discovery
 from deepspeed.comm.log import comms_logger, configure, log_summary
@@ -111,4 +112,5 @@ __all__ = [
     "scatter",
     "scatter_object_list",
     "send",
+    "start_all_reduce",
 ]

@@ -25,11 +25,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepspeed.comm.summing import Summing
+
 TAG = 0x5EED  # apart from the tag 0 of users' own messages
 BLOCK_BYTES = 2 * 2**20  # of all peers together: fits the cache beside its accumulator
 SMALLEST_BLOCK_BYTES = 2**16
 WINDOW = 4  # blocks in flight while one is summed
-REDUCIBLE = (dist.ReduceOp.SUM, dist.ReduceOp.AVG, dist.ReduceOp.MIN, dist.ReduceOp.MAX)
 
 
 def is_direct(group: Any, *tensors: Tensor) -> bool:
@@ -103,7 +104,7 @@ class ReduceWork(dist.Work):
         self, output: Tensor, chunks: Sequence[Tensor], op: Any, group: Any, *, at_once: bool
     ) -> None:
         super().__init__()
-        self._output, self._chunks, self._op, self._group = output, chunks, op, group
+        self._chunks, self._group = chunks, group
         self._me, self._world = dist.get_rank(group), len(chunks)
         mine = chunks[self._me]
         peers, longest = max(1, self._world - 1), max(chunk.numel() for chunk in chunks)
@@ -111,10 +112,7 @@ class ReduceWork(dist.Work):
         self._blocks = [slice(start, min(start + block, longest)) for start in range(0, longest, block)]
         self._window = len(self._blocks) if at_once else min(WINDOW, len(self._blocks))
         self._incoming = mine.new_empty(self._window, peers, min(block, longest))
-        narrow = mine.is_floating_point() and mine.element_size() < 4
-        wide = torch.float32 if narrow else mine.dtype
-        in_place = output.dtype == wide and output.data_ptr() != mine.data_ptr()
-        self._scratch = None if in_place else mine.new_empty(min(block, longest), dtype=wide)
+        self._summing = Summing(output, mine, op, min(block, longest))
         self._pending = [self._post(index) for index in range(self._window)]
 
     def wait(self, timeout: timedelta | None = None) -> bool:
@@ -142,22 +140,9 @@ class ReduceWork(dist.Work):
             self._group,
         )
 
-    @torch.no_grad()
     def _sum(self, index: int) -> None:
         block, room = self._blocks[index], self._incoming[index % self._window]
-        output, own = self._output[block], self._chunks[self._me][block]
-        total = output if self._scratch is None else self._scratch[: own.numel()]
-        for rank in range(self._world):
-            part = own if rank == self._me else room[rank - (rank > self._me), : own.numel()]
-            if rank == 0:
-                total.copy_(part)
-            elif self._op == dist.ReduceOp.MAX:
-                torch.maximum(total, part, out=total)
-            elif self._op == dist.ReduceOp.MIN:
-                torch.minimum(total, part, out=total)
-            else:
-                total.add_(part)
-        if self._op == dist.ReduceOp.AVG:
-            total.div_(self._world, rounding_mode=None if total.is_floating_point() else "trunc")
-        if total is not output:
-            output.copy_(total)
+        own = self._chunks[self._me][block]
+        parts = [room[slot, : own.numel()] for slot in range(self._world - 1)]
+        parts.insert(self._me, own)
+        self._summing.reduce(block, parts)

@@ -152,5 +152,5 @@ class UnitGradients:
         if replicas.size > 1:
             if work is not None:
                 work.wait()
-            work = comm.all_reduce(landing, group=replicas.process_group, async_op=True)
+            work = comm.start_all_reduce(landing, group=replicas.process_group)
         self._wire, self._landing, self._work = wire, landing, work

@@ -2,7 +2,7 @@
 
 At stages 0 to 2 a unit is what is reduced in one collective, so two sizes bound it: `max_numel`
 (`reduce_bucket_size`) from above, and MERGE_NUMEL from below, under which a collective of its own costs
-more than waiting for the neighbours.
+more than waiting for the neighbours. Larger units would be sent later, and need larger buffers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from itertools import groupby
 from torch import nn
 
 MERGE_NUMEL = 4_000_000
+"""Elements from which a unit takes in no more neighbours, but for tiny ones."""
+
+TINY_NUMEL = 500_000
 
 NamedParameter = tuple[str, nn.Parameter]
 
@@ -47,7 +50,7 @@ def group_parameters(
 
 def _fits(current: list[NamedParameter], part: list[NamedParameter], max_numel: int) -> bool:
     have, more = _numel(current), _numel(part)
-    return have + more <= max_numel and min(have, more) < MERGE_NUMEL
+    return have + more <= max_numel and (have < MERGE_NUMEL or more < TINY_NUMEL)
 
 
 def _block_of(name: str) -> str:

@@ -339,10 +339,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 leaf.out.copy_(leaf.tensor)
 
     def _publish(self, active: Sequence[UnitGradients]) -> None:
-        works = [gradients.unit.publish(async_op=True) for gradients in active]
-        for work in works:
-            if work is not None:
-                work.wait()
+        """Spread the updated shards, each unit while the next is sent: more at once would need room for all."""
+        before = None
+        for gradients in active:
+            work = gradients.unit.publish(async_op=True)
+            if before is not None:
+                before.wait()
+            before = work
+        if before is not None:
+            before.wait()
 
     def _first_non_finite(self, active: Sequence[UnitGradients]) -> str | None:
         """Name the first parameter in this rank's shards whose gradient is inf or nan."""

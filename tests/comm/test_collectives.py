@@ -1,12 +1,14 @@
 """Collectives equal their definition, whatever way they take."""
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 import torch.distributed as dist
 from harness import on_ranks
 
 from deepspeed import comm
-from deepspeed.comm import direct
+from deepspeed.comm import collectives, direct
 from deepspeed.errors import UsageError
 
 OPS = {"sum": dist.ReduceOp.SUM, "avg": dist.ReduceOp.AVG, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
@@ -37,7 +39,23 @@ def reduced(parts: list[torch.Tensor], op: str) -> torch.Tensor:
     return total
 
 
+@contextmanager
+def without_shared_memory():
+    """Make collectives take the way of ranks on different hosts."""
+    original, collectives.links_of = collectives.links_of, lambda group: None
+    try:
+        yield
+    finally:
+        collectives.links_of = original
+
+
 def check_reduce_scatter(op: str, dtype: torch.dtype, numel: int, async_op: bool, group=None) -> None:
+    check_one_way(op, dtype, numel, async_op, group)
+    with without_shared_memory():
+        check_one_way(op, dtype, numel, async_op, group)
+
+
+def check_one_way(op: str, dtype: torch.dtype, numel: int, async_op: bool, group) -> None:
     me, world = dist.get_rank(group), dist.get_world_size(group)
     parts = [made_by(rank, numel * world, dtype) for rank in range(world)]
     expected = reduced(parts, op)[me * numel : (me + 1) * numel].to(dtype)
@@ -85,9 +103,15 @@ def test_one_rank_needs_no_special_case():
     assert output.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("way", [nullcontext, without_shared_memory])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @on_ranks(3)
-def test_all_gather_single_fills_in_rank_order(dtype):
+def test_all_gather_single_fills_in_rank_order(dtype, way):
+    with way():
+        check_gather(dtype)
+
+
+def check_gather(dtype):
     me, world = dist.get_rank(), dist.get_world_size()
     expected = torch.cat([made_by(rank, 13, dtype) for rank in range(world)])
     output = torch.empty(13 * world, dtype=dtype)
@@ -125,8 +149,14 @@ def test_an_fp32_output_keeps_the_sum_of_16_bit_inputs_unrounded():
         assert output.item() == 1 + 2.0**-12
 
 
+@pytest.mark.parametrize("way", [nullcontext, without_shared_memory])
 @on_ranks(2)
-def test_calls_in_flight_together_do_not_mix_their_data():
+def test_calls_in_flight_together_do_not_mix_their_data(way):
+    with way():
+        check_calls_in_flight()
+
+
+def check_calls_in_flight():
     me, world, numel = dist.get_rank(), dist.get_world_size(), 70_000
     started = []
     for salt in range(3):

@@ -27,8 +27,15 @@ def test_small_neighbours_share_a_unit():
 
 def test_large_blocks_are_units_of_their_own(monkeypatch):
     monkeypatch.setattr(grouping, "MERGE_NUMEL", 10)
+    monkeypatch.setattr(grouping, "TINY_NUMEL", 2)
     units = group_parameters(stack(4, 3).named_parameters(), lambda p: p.dtype, 10**9)
     assert names(units) == [["embed.weight"], *[[f"h.{i}.weight", f"h.{i}.bias"] for i in range(3)]]
+
+
+def test_a_tiny_neighbour_joins_a_full_unit(monkeypatch):
+    monkeypatch.setattr(grouping, "MERGE_NUMEL", 10)
+    model = nn.ModuleDict({"h": nn.ModuleList([nn.Linear(4, 4)]), "norm": nn.LayerNorm(4)})
+    assert len(group_parameters(model.named_parameters(), lambda p: p.dtype, 10**9)) == 1
 
 
 def test_no_unit_exceeds_the_bucket_unless_one_parameter_does():

@@ -1,0 +1,54 @@
+"""Sums over ranks, in rank order: 16-bit floats are accumulated in fp32 and rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+REDUCIBLE = (dist.ReduceOp.SUM, dist.ReduceOp.AVG, dist.ReduceOp.MIN, dist.ReduceOp.MAX)
+
+
+def is_reducible(dtype: torch.dtype, op: Any) -> bool:
+    """Tell whether `Summing` knows an operation on tensors of `dtype`."""
+    return op in REDUCIBLE and dtype is not torch.bool and not dtype.is_complex
+
+
+class Summing:
+    """Reduce parts block by block into an output.
+
+    Args:
+        output: flat; may be the part of one rank itself.
+        mine: this rank's part, for its dtype.
+        op: one of `REDUCIBLE`.
+        block: most elements of a block.
+    """
+
+    def __init__(self, output: Tensor, mine: Tensor, op: Any, block: int) -> None:
+        self._output, self._op = output, op
+        narrow = mine.is_floating_point() and mine.element_size() < 4
+        wide = torch.float32 if narrow else mine.dtype
+        in_place = output.dtype == wide and output.data_ptr() != mine.data_ptr()
+        self._scratch = None if in_place else mine.new_empty(block, dtype=wide)
+
+    @torch.no_grad()
+    def reduce(self, block: slice, parts: Sequence[Tensor]) -> None:
+        """Write the reduction of every rank's `parts` (the block only, by rank) to the output's block."""
+        output = self._output[block]
+        total = output if self._scratch is None else self._scratch[: output.numel()]
+        for rank, part in enumerate(parts):
+            if rank == 0:
+                total.copy_(part)
+            elif self._op == dist.ReduceOp.MAX:
+                torch.maximum(total, part, out=total)
+            elif self._op == dist.ReduceOp.MIN:
+                torch.minimum(total, part, out=total)
+            else:
+                total.add_(part)
+        if self._op == dist.ReduceOp.AVG:
+            total.div_(len(parts), rounding_mode=None if total.is_floating_point() else "trunc")
+        if total is not output:
+            output.copy_(total)

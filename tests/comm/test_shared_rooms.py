@@ -1,0 +1,117 @@
+"""Ranks of one host exchange data through memory they share."""
+
+import gc
+import os
+import socket
+import threading
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import on_ranks
+
+from deepspeed import comm
+from deepspeed.comm import shared
+from deepspeed.comm.links import Links, links_of
+from deepspeed.errors import CommunicationError
+
+SIZES = [1, 5, shared.SMALL, shared.SMALL + 1, 3 * shared.BLOCK + 7]
+
+
+@pytest.fixture
+def linked_pair():
+    """Two ranks' links in one process."""
+    first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    limit = timedelta(seconds=0.2)
+    ours, theirs = Links(0, {1: first}, limit), Links(1, {0: second}, limit)
+    yield ours, theirs
+    ours.close()
+    theirs.close()
+
+
+@on_ranks(2)
+def test_ranks_of_one_host_are_linked():
+    assert links_of(None) is not None
+    assert links_of(None) is links_of(dist.group.WORLD)
+
+
+@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64], ids=str)
+@on_ranks(3)
+def test_an_all_reduce_equals_the_sum_in_rank_order_on_every_rank(numel, dtype):
+    parts = [torch.randn(numel, generator=torch.Generator().manual_seed(rank)) * 9 for rank in range(3)]
+    parts = [part.to(dtype) for part in parts]
+    wide = torch.float32 if dtype.is_floating_point else dtype
+    expected = (parts[0].to(wide) + parts[1].to(wide) + parts[2].to(wide)).to(dtype)
+    tensor = parts[dist.get_rank()].clone()
+    work = comm.start_all_reduce(tensor)
+    assert work.wait()
+    assert work.is_completed()
+    assert torch.equal(tensor, expected)
+
+
+@on_ranks(2)
+def test_posting_many_calls_waits_for_nobody_and_rooms_are_used_again():
+    links = links_of(None)
+    for _ in range(3):
+        outputs = [torch.empty(2_000) for _ in range(20)]
+        works = [
+            comm.all_gather_single(output, torch.full((1_000,), float(index)), async_op=True)
+            for index, output in enumerate(outputs)
+        ]
+        comm.barrier()
+        for work in works:
+            work.wait()
+        assert [output.unique().tolist() for output in outputs] == [[float(index)] for index in range(20)]
+        comm.barrier()
+    assert len(links._rooms) < 60
+
+
+@on_ranks(2)
+def test_a_group_that_is_gone_leaves_no_descriptors():
+    def once():
+        group = dist.new_group([0, 1])
+        comm.all_reduce(torch.ones(10), group=group)
+        comm.barrier(group=group)
+        dist.destroy_process_group(group)
+
+    once()
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        once()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_a_peer_that_ended_is_named_instead_of_waited_for(linked_pair):
+    ours, theirs = linked_pair
+    work = shared.SumWhole(ours, torch.ones(3), dist.ReduceOp.SUM)
+    theirs.close()
+    with pytest.raises(CommunicationError, match="rank 1 of the group ended"):
+        work.wait()
+
+
+def test_a_peer_that_never_comes_is_named_after_the_timeout(linked_pair):
+    ours, _theirs = linked_pair
+    work = shared.SumWhole(ours, torch.ones(3), dist.ReduceOp.SUM)
+    assert not work.is_completed()
+    with pytest.raises(CommunicationError, match="rank 1 of the group did not reach"):
+        work.wait()
+
+
+def test_a_room_is_not_written_while_a_peer_still_reads_it(linked_pair):
+    ours, theirs = linked_pair
+    first = shared.Gather(ours, [torch.empty(2), torch.empty(2)], torch.tensor([1.0, 2.0]))
+    second = shared.Gather(ours, [torch.empty(2), torch.empty(2)], torch.tensor([3.0, 4.0]))
+    chunks = [[torch.empty(2), torch.empty(2)] for _ in range(2)]
+    late = [shared.Gather(theirs, one, torch.zeros(2)) for one in chunks]
+    reader = threading.Thread(target=lambda: [work.wait() for work in late])
+    reader.start()
+    for work in (first, second):
+        work.wait()
+    reader.join()
+    assert [one[0].tolist() for one in chunks] == [[1.0, 2.0], [3.0, 4.0]]
+    third = ours.room(8)
+    assert third.index in (0, 1)
