@@ -62,8 +62,12 @@ def main(args: Sequence[str] | None = None) -> None:
     except DeepSpeedError as error:
         print(f"ds_report: {error}", file=sys.stderr)
         sys.exit(2)
-    for part in parts:
-        show(part)
+    try:
+        for part in parts:
+            show(part)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def effective(source: str, world: int) -> Table:

@@ -111,6 +111,10 @@ class Schedule:
         self.last_batch_iteration = state_dict["last_batch_iteration"]
         self._last_lr = self._apply()
 
+    def _own_rates(self) -> list[float]:
+        """Return each group's own rate, as torch does: the one it had before any schedule changed it."""
+        return [float(group.setdefault("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
+
     def _per_group(self, name: str, value: PerGroup) -> list[float]:
         groups = len(self.optimizer.param_groups)
         if isinstance(value, (int, float)):
@@ -259,8 +263,8 @@ class WarmupLR(Schedule):
     ) -> None:
         super().__init__(optimizer, last_batch_iteration)
         self._warm_up = _WarmUp(warmup_num_steps, warmup_type)
-        own = [float(group["lr"]) for group in optimizer.param_groups]
         self.min_lr = self._per_group("warmup_min_lr", warmup_min_lr)
+        own = self._own_rates()
         self.max_lr = own if warmup_max_lr is None else self._per_group("warmup_max_lr", warmup_max_lr)
         self._start()
 
@@ -331,7 +335,7 @@ class WarmupCosineLR(Schedule):
         self.total_num_steps = _checked_total(total_num_steps, warmup_num_steps)
         self._warm_up = _WarmUp(warmup_num_steps, warmup_type)
         self.warmup_min_ratio, self.cos_min_ratio = warmup_min_ratio, cos_min_ratio
-        self.base_lr = [float(group["lr"]) for group in optimizer.param_groups]
+        self.base_lr = self._own_rates()
         self._start()
 
     def rates(self, iteration: int) -> list[float]:
@@ -394,6 +398,16 @@ VALID_LR_SCHEDULES = list(_SCHEDULES)
 """Names of the schedules defined here."""
 
 
+def _torch_schedules() -> dict[str, Any]:
+    """The schedules of torch by name, without their base class."""
+    base = torch_schedules.LRScheduler
+    return {
+        name: cls
+        for name, cls in vars(torch_schedules).items()
+        if isinstance(cls, type) and issubclass(cls, base) and not issubclass(base, cls) and name[0].isupper()
+    }
+
+
 def build_scheduler(type_name: str, params: dict[str, Any], optimizer: torch.optim.Optimizer) -> Any:
     """Build the schedule that ``scheduler.type`` and ``scheduler.params`` describe.
 
@@ -405,14 +419,13 @@ def build_scheduler(type_name: str, params: dict[str, Any], optimizer: torch.opt
     Raises:
         ConfigError: no such schedule or argument; the message names the nearest one.
     """
-    found: dict[str, Any] = {**vars(torch_schedules), **_SCHEDULES}
-    cls = found.get(type_name)
-    if cls is None or not hasattr(cls, "step"):
-        known = [*VALID_LR_SCHEDULES, *(name for name in vars(torch_schedules) if name[0].isupper())]
+    known = {**_torch_schedules(), **_SCHEDULES}
+    if type_name not in known:
         raise ConfigError(
             f"scheduler.type: expected {', '.join(VALID_LR_SCHEDULES)} or a class of "
             f"torch.optim.lr_scheduler, got {type_name!r}{did_you_mean(type_name, known)}"
         )
+    cls = known[type_name]
     check_arguments("scheduler.params", cls, params)
     try:
         return cls(optimizer, **params)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ import torch
 import deepspeed
 from deepspeed import env_report
 from deepspeed.ops.adam import compiled
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -40,6 +45,12 @@ def test_it_is_plain_text_where_there_is_no_terminal(capsys):
     assert "Machine" in lines
     assert not set("│─╭\x1b") & set("".join(lines))
     assert all(line == line.rstrip() for line in lines)
+
+
+def test_a_reader_may_stop_early():
+    shell = f"{sys.executable} -m deepspeed.env_report | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Software\n", "")
 
 
 def test_what_is_missing_is_said_to_be_the_reason(monkeypatch):

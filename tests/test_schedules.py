@@ -295,3 +295,22 @@ def test_what_cannot_take_effect_is_warned_about(make, text, monkeypatch):
     make()
     assert len(said) == 1
     assert text in said[0]
+
+
+@pytest.mark.parametrize("cls", [WarmupLR, WarmupCosineLR])
+def test_a_schedule_over_an_optimizer_that_was_warming_up_keeps_the_groups_own_rate(cls):
+    options = {"total_num_steps": 20} if cls is WarmupCosineLR else {}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    first = cls(optimizer, warmup_num_steps=10, **options)
+    for _ in range(4):
+        first.step()
+    again = cls(optimizer, warmup_num_steps=10, **options)
+    again.load_state_dict(first.state_dict())
+    assert again.get_last_lr() == first.get_last_lr()
+
+
+@pytest.mark.parametrize("name", ["LRScheduler", "_LRScheduler", "Optimizer", "Schedule"])
+def test_base_classes_are_no_schedules(name):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    with pytest.raises(ConfigError, match=r"scheduler\.type: expected LRRangeTest"):
+        build_scheduler(name, {}, optimizer)

@@ -33,12 +33,11 @@ class StaticLossScaler:
         """Take note of a step; nothing changes."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs."""
+        """Return the scale, for a dynamic scaler that continues from it."""
         return {"scale": self.scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where another scaler stopped."""
-        self.scale = float(state["scale"])
+        """Keep the configured scale, whatever was saved."""
 
 
 class DynamicLossScaler:

@@ -43,7 +43,7 @@ def train(optimizer, params, steps=STEPS):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_steps_equal_torch(decoupled, chunk, weight_decay, dtype, monkeypatch):
     monkeypatch.setattr("deepspeed.ops.adam.optimizer.CHUNK", chunk)
-    monkeypatch.setattr(adam_kernel, "CHUNK", chunk)
+    monkeypatch.setattr(adam_kernel, "_piece", lambda device: chunk)
     ours, theirs = params_of(dtype), params_of(dtype)
     options = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
     optimizer = FusedAdam(ours, adam_w_mode=decoupled, **options)
@@ -75,7 +75,7 @@ PATHS = ["fused kernel", "plain pass"]
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32])
 def test_a_leaf_update_scales_writes_the_copy_and_skips(path, decoupled, grad_dtype, monkeypatch):
-    monkeypatch.setattr(adam_kernel, "CHUNK", 77)
+    monkeypatch.setattr(adam_kernel, "_piece", lambda device: 77)
     if path == "plain pass":
         monkeypatch.setattr(adam_kernel, "kernel_serves", lambda weights: False)
     torch.manual_seed(0)

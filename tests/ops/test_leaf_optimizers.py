@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deepspeed.errors import ConfigError
+from deepspeed.ops import stepping
 from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
@@ -167,3 +168,26 @@ def test_a_loaded_state_continues(name):
 def test_what_cannot_be_done_is_refused(make, text):
     with pytest.raises(ConfigError, match=text):
         make([torch.nn.Parameter(torch.ones(1))])
+
+
+@pytest.mark.parametrize("cls", [FusedLion, DeepSpeedCPUAdagrad])
+def test_a_large_leaf_is_updated_in_pieces_with_the_same_result(cls, monkeypatch):
+    results = []
+    for size in (stepping.PIECE, 5):
+        monkeypatch.setattr(stepping, "PIECE", size)
+        leaf, low = start((23,)), torch.empty(23, dtype=torch.bfloat16)
+        optimizer = cls([torch.nn.Parameter(leaf)], lr=0.1)
+        for grad in gradients((23,)):
+            optimizer.update_leaf(
+                leaf,
+                optimizer.param_groups[0],
+                grad,
+                out=low,
+                scale=torch.tensor(0.5),
+                found_inf=torch.zeros(()),
+            )
+        results.append((leaf, low))
+    (whole, whole_low), (cut, cut_low) = results
+    assert torch.equal(whole, cut)
+    assert torch.equal(whole_low, cut_low)
+    assert torch.equal(cut_low, cut.bfloat16())

@@ -105,3 +105,15 @@ def test_the_section_decides():
 def test_every_key_changes_the_scale(key, value, outcomes):
     usual = scales(create_loss_scaler(fp16(), enabled=True), outcomes)
     assert scales(create_loss_scaler(fp16(**{key: value}), enabled=True), outcomes) != usual
+
+
+def test_a_static_scale_stays_as_configured_whatever_was_saved():
+    scaler = StaticLossScaler(128.0)
+    scaler.load_state_dict(DynamicLossScaler(2.0**10).state_dict())
+    assert scaler.scale == 128
+
+
+def test_a_dynamic_scale_continues_from_a_static_one():
+    scaler = DynamicLossScaler(2.0**10)
+    scaler.load_state_dict(StaticLossScaler(128.0).state_dict())
+    assert scaler.scale == 128

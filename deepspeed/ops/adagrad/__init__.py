@@ -1,4 +1,4 @@
-"""Adagrad under the name of the original's host optimizer; the arithmetic is torch's."""
+"""Adagrad: steps shrink with the sum of squared gradients (Duchi, Hazan, Singer; JMLR 12, 2011)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deepspeed.errors import ConfigError
+from deepspeed.ops.stepping import LeafOptimizer, assign, check_numbers, count_step, pieces, scaled, wide
 
 
-class DeepSpeedCPUAdagrad(torch.optim.Adagrad):
-    """``torch.optim.Adagrad`` with the original's arguments and defaults.
+class DeepSpeedCPUAdagrad(LeafOptimizer):
+    """Adagrad with the original's arguments and those of ``torch.optim.Adagrad``, on any device.
 
     Args:
         model_params: parameters or param groups.
@@ -19,6 +21,9 @@ class DeepSpeedCPUAdagrad(torch.optim.Adagrad):
         eps: added to the denominator.
         weight_decay: added to the gradient.
         amsgrad: not supported.
+        fp32_optimizer_states: keep the sum in fp32; False: in the parameters' dtype.
+        lr_decay: after n steps the rate is ``lr / (1 + (n - 1) * lr_decay)``.
+        initial_accumulator_value: what the sum starts from.
     """
 
     elementwise = True
@@ -30,10 +35,46 @@ class DeepSpeedCPUAdagrad(torch.optim.Adagrad):
         eps: float = 1e-10,
         weight_decay: float = 0.0,
         amsgrad: bool = False,
+        fp32_optimizer_states: bool = True,
+        lr_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
     ) -> None:
         if amsgrad:
             raise ConfigError("amsgrad: expected False, got True; Adagrad has no such variant")
-        super().__init__(model_params, lr=lr, eps=eps, weight_decay=weight_decay)
+        numbers = {
+            "lr": lr,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "lr_decay": lr_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+        }
+        check_numbers("Adagrad", betas=(), **numbers)
+        super().__init__(model_params, {**numbers, "fp32_optimizer_states": fp32_optimizer_states})
+
+    @torch.no_grad()
+    def update_leaf(
+        self,
+        leaf: Tensor,
+        group: dict[str, Any],
+        grad: Tensor,
+        *,
+        out: Tensor | None = None,
+        scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        is_new = not self.state[leaf]
+        state = self._state_of(leaf, group, "sum")
+        if is_new:
+            state["sum"].fill_(group["initial_accumulator_value"])
+        step = count_step(state, found_inf)
+        rate = group["lr"] / (1 + (step - 1) * group["lr_decay"])
+        for weight, part, squares, low in pieces(leaf, grad, state["sum"], out):
+            g = scaled(part, scale) + group["weight_decay"] * wide(weight)
+            total = wide(squares) + g * g
+            assign(weight, wide(weight) - rate * g / (total.sqrt() + group["eps"]), found_inf)
+            assign(squares, total, found_inf)
+            if low is not None:
+                low.copy_(weight)
 
 
 __all__ = ["DeepSpeedCPUAdagrad"]

@@ -23,8 +23,12 @@ import torch
 from torch import Tensor
 
 CHUNK = 131_072
-"""Elements a thread of the host updates at a time. Smaller pieces fit nearer caches, but each costs ten
-microseconds of calls; a core with 1 MiB of its own cache is fastest from here to twice as many."""
+"""Elements updated at a time on a host. Smaller pieces fit nearer caches, but each costs ten microseconds of
+calls; a core with 1 MiB of its own cache is fastest from here to twice as many."""
+
+SHARED_CHUNK = 8 * CHUNK
+"""Elements per thread where several threads update together: each piece ends with threads waiting for each
+other, which is slow when other processes hold a core, so there are fewer."""
 
 DEVICE_CHUNK = 16_777_216
 """The same on an accelerator, where it only bounds the memory for the cast gradient."""
@@ -149,8 +153,7 @@ def update(tensors: AdamTensors, hyper: AdamHyper, control: Control) -> None:
     torch's fused kernel serves where weights and moments share a wide dtype; narrow moments are computed in
     fp32 by `adam_pass` itself.
     """
-    on_host = tensors.master.device.type == "cpu"
-    size = CHUNK * torch.get_num_threads() if on_host else DEVICE_CHUNK
+    size = _piece(tensors.master.device)
     dtype = tensors.master.dtype
     if dtype != tensors.exp_avg.dtype or not kernel_serves(tensors.master):
         vector = numbers(hyper, control)
@@ -173,6 +176,14 @@ def update(tensors: AdamTensors, hyper: AdamHyper, control: Control) -> None:
         )
         if part.out is not None:
             part.out.copy_(part.master)
+
+
+def _piece(device: torch.device) -> int:
+    """Elements to update at a time."""
+    if device.type != "cpu":
+        return DEVICE_CHUNK
+    threads = torch.get_num_threads()
+    return CHUNK if threads == 1 else SHARED_CHUNK * threads
 
 
 def kernel_serves(weights: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.errors import ConfigError
-from deepspeed.ops.stepping import LeafOptimizer, assign, count_step, new_moments, scaled
+from deepspeed.ops.stepping import LeafOptimizer, assign, check_numbers, count_step, scaled, wide
 
 
 class FusedLamb(LeafOptimizer):
@@ -53,17 +53,26 @@ class FusedLamb(LeafOptimizer):
             raise ConfigError(
                 "Lamb: expected amsgrad=False and max_grad_norm=0; use gradient_clipping to clip"
             )
+        check_numbers(
+            "Lamb",
+            lr=lr,
+            eps=eps,
+            weight_decay=weight_decay,
+            max_coeff=max_coeff,
+            min_coeff=min_coeff,
+            betas=betas,
+        )
         defaults = {
             "lr": lr,
             "bias_correction": bias_correction,
             "betas": tuple(betas),
             "eps": eps,
+            "eps_inside_sqrt": eps_inside_sqrt,
             "weight_decay": weight_decay,
             "max_coeff": max_coeff,
             "min_coeff": min_coeff,
         }
         super().__init__(params, defaults)
-        self.eps_inside_sqrt = eps_inside_sqrt
 
     @torch.no_grad()
     def update_leaf(
@@ -76,16 +85,15 @@ class FusedLamb(LeafOptimizer):
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        state = self.state[leaf]
-        new_moments(state, leaf, "exp_avg", "exp_avg_sq")
+        state = self._state_of(leaf, group, "exp_avg", "exp_avg_sq")
         step = count_step(state, found_inf)
         beta1, beta2 = group["betas"]
-        g = scaled(grad, scale)
+        g, weight = scaled(grad, scale), wide(leaf)
         first = state["exp_avg"] * beta1 + g * (1 - beta1)
         second = state["exp_avg_sq"] * beta2 + g * g * (1 - beta2)
-        update = self._direction(first, second, group) + group["weight_decay"] * leaf
-        rate = self._rate(step, group) * self._trust_ratio(leaf, update, group)
-        assign(leaf, leaf - rate * update, found_inf)
+        update = self._direction(first, second, group) + group["weight_decay"] * weight
+        rate = self._rate(step, group) * self._trust_ratio(weight, update, group)
+        assign(leaf, weight - rate * update, found_inf)
         assign(state["exp_avg"], first, found_inf)
         assign(state["exp_avg_sq"], second, found_inf)
         if out is not None:
@@ -93,7 +101,7 @@ class FusedLamb(LeafOptimizer):
 
     def _direction(self, first: Tensor, second: Tensor, group: dict[str, Any]) -> Tensor:
         eps: float = group["eps"]
-        return first / ((second + eps).sqrt() if self.eps_inside_sqrt else second.sqrt() + eps)
+        return first / ((second + eps).sqrt() if group["eps_inside_sqrt"] else second.sqrt() + eps)
 
     def _rate(self, step: Tensor, group: dict[str, Any]) -> Tensor:
         """The learning rate with the bias correction."""
@@ -104,9 +112,9 @@ class FusedLamb(LeafOptimizer):
         corrected: Tensor = lr * (1 - beta2**count).sqrt() / (1 - beta1**count)
         return corrected.float()
 
-    def _trust_ratio(self, leaf: Tensor, update: Tensor, group: dict[str, Any]) -> Tensor:
+    def _trust_ratio(self, weight: Tensor, update: Tensor, group: dict[str, Any]) -> Tensor:
         """The weight's norm over the update's, within bounds; 1 where either is zero."""
-        weight_norm, update_norm = torch.linalg.vector_norm(leaf), torch.linalg.vector_norm(update)
+        weight_norm, update_norm = torch.linalg.vector_norm(weight), torch.linalg.vector_norm(update)
         ratio = (weight_norm / update_norm).clamp(group["min_coeff"], group["max_coeff"])
         return torch.where((weight_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.errors import ConfigError
-from deepspeed.ops.stepping import LeafOptimizer, assign, count_step, new_moments, scaled
+from deepspeed.ops.stepping import LeafOptimizer, assign, check_numbers, count_step, pieces, scaled, wide
 
 
 class FusedLion(LeafOptimizer):
@@ -33,14 +33,16 @@ class FusedLion(LeafOptimizer):
         weight_decay: float = 0.0,
         set_grad_none: bool = True,
     ) -> None:
-        if lr < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ConfigError(
-                "Lion: expected lr, weight_decay >= 0 and betas in [0, 1), got "
-                f"lr={lr}, weight_decay={weight_decay}, betas={tuple(betas)}"
-            )
+        check_numbers("Lion", lr=lr, weight_decay=weight_decay, betas=betas)
         if not set_grad_none:
             raise ConfigError("set_grad_none: expected True, got False; zero_grad(set_to_none=False) fills")
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "weight_decay": weight_decay,
+            "fp32_optimizer_states": True,
+        }
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def update_leaf(
@@ -53,21 +55,38 @@ class FusedLion(LeafOptimizer):
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        state = self.state[leaf]
-        new_moments(state, leaf, "exp_avg")
+        state = self._state_of(leaf, group, "exp_avg")
         count_step(state, found_inf)
         beta1, beta2 = group["betas"]
-        g, momentum = scaled(grad, scale), state["exp_avg"]
-        direction = torch.lerp(g, momentum, beta1).sign_()
-        weight = leaf * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * direction
-        assign(leaf, weight, found_inf)
-        assign(momentum, torch.lerp(g, momentum, beta2), found_inf)
-        if out is not None:
-            out.copy_(leaf)
+        shrink = 1 - group["lr"] * group["weight_decay"]
+        for weight, part, average, low in pieces(leaf, grad, state["exp_avg"], out):
+            g, momentum = scaled(part, scale), wide(average)
+            direction = torch.lerp(g, momentum, beta1).sign_()
+            assign(weight, wide(weight) * shrink - group["lr"] * direction, found_inf)
+            assign(average, torch.lerp(g, momentum, beta2), found_inf)
+            if low is not None:
+                low.copy_(weight)
 
 
 class DeepSpeedCPULion(FusedLion):
-    """`FusedLion` under the name of the original's host optimizer."""
+    """`FusedLion` with the arguments of the original's host optimizer.
+
+    Args:
+        model_params: parameters or param groups.
+        fp32_optimizer_states: keep the momentum in fp32; False: in the parameters' dtype.
+    """
+
+    def __init__(
+        self,
+        model_params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        super().__init__(model_params, lr=lr, betas=betas, weight_decay=weight_decay)
+        for group in (self.defaults, *self.param_groups):
+            group["fp32_optimizer_states"] = fp32_optimizer_states
 
 
 __all__ = ["DeepSpeedCPULion", "FusedLion"]

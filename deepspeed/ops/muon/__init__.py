@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepspeed.errors import ConfigError
 from deepspeed.ops.adam import FusedAdam
-from deepspeed.ops.stepping import LeafOptimizer, assign, new_moments, scaled
+from deepspeed.ops.stepping import LeafOptimizer, assign, check_numbers, scaled, wide
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration that drives all singular values towards 1."""
@@ -52,7 +52,14 @@ class MuonWithAuxAdam(LeafOptimizer):
     ) -> None:
         if ns_method not in ("gram", "standard"):
             raise ConfigError(f'ns_method: expected "gram" or "standard", got {ns_method!r}')
+        if ns_steps < 1 or not 0 <= momentum < 1:
+            raise ConfigError(
+                f"Muon: expected ns_steps >= 1 and momentum in [0, 1), got ns_steps={ns_steps}, momentum={momentum}"
+            )
         rates = {True: _first(muon_lr, lr, MUON_LR), False: _first(adam_lr, lr, ADAM_LR)}
+        check_numbers(
+            "Muon", muon_lr=rates[True], adam_lr=rates[False], eps=eps, weight_decay=weight_decay, betas=betas
+        )
         groups = [group if isinstance(group, dict) else {"params": [group]} for group in params]
         groups = [{"lr": rates[bool(group.get("use_muon"))], **group} for group in groups]
         _check_matrices(groups)
@@ -64,11 +71,15 @@ class MuonWithAuxAdam(LeafOptimizer):
             "eps": eps,
             "bias_correction": True,
             "use_muon": False,
+            "ns_steps": ns_steps,
+            "ns_method": ns_method,
         }
         super().__init__(groups, defaults)
-        self.ns_steps = ns_steps
-        self.ns_method = ns_method
-        self._adam = FusedAdam([torch.zeros(1)], betas=betas, eps=eps)
+        self._adam = FusedAdam([torch.zeros(1)])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._adam = FusedAdam([torch.zeros(1)])
 
     @torch.no_grad()
     def update_leaf(
@@ -82,28 +93,29 @@ class MuonWithAuxAdam(LeafOptimizer):
         found_inf: Tensor | None = None,
     ) -> None:
         if not group["use_muon"]:
-            self._adam.state = self.state
-            flat_out = None if out is None else out.view(-1)
-            self._adam.update_leaf(
-                leaf.view(-1),
-                group,
-                grad.reshape(-1),
-                out=flat_out,
-                scale=scale,
-                found_inf=found_inf,
-                state_of=leaf,
-            )
+            self._update_by_adam(leaf, group, grad, out=out, scale=scale, found_inf=found_inf)
             return
-        state = self.state[leaf]
-        new_moments(state, leaf, "momentum_buffer")
-        g, buffer = scaled(grad, scale), state["momentum_buffer"]
+        buffer = self._state_of(leaf, group, "momentum_buffer")["momentum_buffer"]
+        g = scaled(grad, scale)
         momentum = torch.lerp(g, buffer, group["momentum"])
-        update = orthogonalise(torch.lerp(g, momentum, group["momentum"]), self.ns_steps, self.ns_method)
+        nesterov = torch.lerp(g, momentum, group["momentum"])
+        update = orthogonalise(nesterov, group["ns_steps"], group["ns_method"])
         rows, columns = update.shape[0], update[0].numel()
         update = update * max(1.0, rows / columns) ** 0.5
-        weight = leaf * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
+        weight = wide(leaf) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
         assign(leaf, weight, found_inf)
         assign(buffer, momentum, found_inf)
+        if out is not None:
+            out.copy_(leaf)
+
+    def _update_by_adam(
+        self, leaf: Tensor, group: dict[str, Any], grad: Tensor, *, out: Tensor | None, **flags: Tensor | None
+    ) -> None:
+        self._adam.state = self.state
+        flat = leaf.contiguous().view(-1)  # the leaf's own memory, or a copy that goes back below
+        self._adam.update_leaf(flat, group, grad.reshape(-1), state_of=leaf, **flags)
+        if not leaf.is_contiguous():
+            leaf.copy_(flat.view(leaf.shape))
         if out is not None:
             out.copy_(leaf)
 
