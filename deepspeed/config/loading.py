@@ -16,6 +16,7 @@ from deepspeed.common.logging import set_log_level, warn_once
 from deepspeed.config.auto import resolve_precision
 from deepspeed.config.base import explain, shown
 from deepspeed.config.batch import GAS, MICRO, TRAIN, solve
+from deepspeed.config.inert import report_inert
 from deepspeed.config.legacy import Modernised, modernise
 from deepspeed.config.root import DeepSpeedConfig
 from deepspeed.config.rules import check
@@ -46,6 +47,7 @@ def load_config(
         refuse(config)
     _solve_batch(config, _data_parallel_size(config, world_size))
     _set_log_level(config)
+    report_inert(config)
     return config
 
 

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from deepspeed.config.base import LOWER, UPPER, Expects, Section, shown
+from deepspeed.config.inert import INERT
 from deepspeed.config.legacy import HARMLESS, OFFLOADS, RENAMED
 from deepspeed.config.root import DeepSpeedConfig
 from deepspeed.config.tree import keys, shape
@@ -62,7 +63,7 @@ def key_tables() -> str:
         _, section = shape(declared.annotation)
         if section is not None:
             parts.append(_table(f"`{name}`", section, name))
-    parts.append(_old_names())
+    parts += [_inert(), _old_names()]
     return "\n".join(parts)
 
 
@@ -89,6 +90,12 @@ def _old_names() -> str:
         lines.append(f'| `zero_optimization.{old}` | read as `{new}: {{"device": "cpu"}}` |')
     lines.append("| `zero_optimization: true` | read as `stage: 1` |")
     lines += [f"| `{path}` | no effect: {reason} |" for path, reason in HARMLESS.items()]
+    return "\n".join([*lines, ""])
+
+
+def _inert() -> str:
+    lines = ["## Without effect", "", "Another value than the default is reported once.", ""]
+    lines += ["| key | why |", "|---|---|", *(f"| `{path}` | {reason} |" for path, reason in INERT.items())]
     return "\n".join([*lines, ""])
 
 

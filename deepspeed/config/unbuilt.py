@@ -61,6 +61,7 @@ TABLE = [
     Unbuilt(f"{ZERO}.zero_quantized_gradients", "quantised reductions"),
     Unbuilt(f"{ZERO}.zeropp_loco_param", "error feedback of quantised reductions", _given),
     Unbuilt(f"{ZERO}.mics_shard_size", "MiCS", _above(0)),
+    Unbuilt(f"{ZERO}.load_from_fp32_weights", "loading master weights from rounded ones", _is(False)),
     Unbuilt(
         "optimizer.type",
         "this optimizer",

@@ -91,7 +91,7 @@ class ZeroSection(Section):
     contiguous_gradients: bool = key(True, "gradients in one buffer")
     reduce_scatter: bool = key(True, "reduce each gradient to the rank that owns it, not to all")
     reduce_bucket_size: Size = key(500_000_000, "elements per gradient reduction")
-    allgather_bucket_size: Size = key(500_000_000, "elements per gather of updated parameters")
+    allgather_bucket_size: Size = key(500_000_000, "bounds units as the key above does")
     overlap_comm: bool | None = key(None, "reduce while backward runs; null: at stage 3 only")
     load_from_fp32_weights: bool = key(True, "on load, master weights come from the saved fp32 ones")
     offload_param: OffloadParamSection | None = key(None, "where parameters live")

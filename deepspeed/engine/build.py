@@ -166,7 +166,7 @@ def _shard(
         policy,
         group_index=group_index,
         whole_parameters=whole_parameters,
-        max_numel=zero.reduce_bucket_size,
+        max_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
         device=device,
     )
     mean = settings.gradient_allreduce_op.lower() == "mean"
@@ -180,6 +180,7 @@ def _shard(
         divide_by=(data_parallel.size if mean else 1) / predivide,
         check_finite=policy.loss_scaled
         or (bool(settings.bf16.enabled) and settings.bf16.check_grad_overflow),
+        require_all=not zero.ignore_unused_parameters,
     )
     optimizer = ZeroOptimizer(
         inner,

@@ -264,8 +264,20 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
 
     # -- the rest ---------------------------------------------------------------------------------
 
-    def deepspeed_io(self, dataset: Any, batch_size: int | None = None, **options: Any) -> Any:
-        """Make a `DeepSpeedDataLoader` over this engine's ranks (default: its micro-batch size)."""
+    def deepspeed_io(
+        self, dataset: Any, batch_size: int | None = None, route: str = "train", **options: Any
+    ) -> Any:
+        """Make a `DeepSpeedDataLoader` over this engine's ranks.
+
+        Args:
+            dataset: see the loader.
+            batch_size: samples per batch of this rank; None: the engine's micro-batch.
+            route: "train" shuffles; "eval" and "predict" keep the dataset's order.
+            options: further arguments of the loader.
+        """
+        if route not in ("train", "eval", "predict"):
+            raise UsageError(f'deepspeed_io: expected route "train", "eval" or "predict", got {route!r}')
+        options = {"shuffle": route == "train", **options}
         return self._make_loader(dataset, batch_size or self.batch.micro, **options)
 
     def compile(

@@ -15,8 +15,10 @@ from deepspeed.common.logging import log_dist
 from deepspeed.config import load_config, resolve_from_model
 from deepspeed.engine.build import build_parts
 from deepspeed.engine.engine import DeepSpeedEngine
+from deepspeed.engine.state import show_state
 from deepspeed.engine.watch import OutputWatch
 from deepspeed.errors import ConfigError
+from deepspeed.parallel.groups import axes
 from deepspeed.parallel.mesh import data_parallel_group
 from deepspeed.version import __version__
 from deepspeed.zero.stage import RankGroup
@@ -72,6 +74,7 @@ def initialize(
     _use_own_device()
     log_dist(f"DeepSpeed info: version={__version__}, git-hash=unknown, git-branch=unknown", ranks=[0])
     data_parallel = RankGroup.of(data_parallel_group(mpu=mpu, mesh=mesh_param))
+    axes.mpu = mpu
     settings = load_config(
         source, world_size=data_parallel.size, bf16_supported=get_accelerator().is_bf16_supported()
     )
@@ -96,6 +99,8 @@ def initialize(
             mpu=mpu,
         )
     )
+    if settings.dump_state:
+        show_state(engine)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -71,8 +72,14 @@ def leaf_kind(optimizer: torch.optim.Optimizer, sharding: Sharding) -> Literal["
     """Decide whether an optimizer may see flat runs of many parameters, or needs whole ones.
 
     Raises:
-        ConfigError: its result depends on parameters that other ranks hold.
+        ConfigError: its result depends on parameters that other ranks hold, or it evaluates the loss itself.
     """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"optimizer: {type(optimizer).__name__} evaluates the loss itself through a closure, but gradients "
+            "come from engine.backward(loss); use an optimizer whose step needs no closure"
+        )
     if is_elementwise(optimizer):
         return "flat"
     if is_per_parameter(optimizer) or sharding.shard_group.size == 1:

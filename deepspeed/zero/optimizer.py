@@ -54,11 +54,13 @@ class StepRules:
         clip: largest global gradient norm; 0 does not clip.
         divide_by: what the summed gradients are divided by (ranks for the mean, 1 for the sum).
         check_finite: skip the step when a gradient is inf or nan.
+        require_all: a parameter without a gradient on any rank is an error.
     """
 
     clip: float
     divide_by: float
     check_finite: bool
+    require_all: bool = False
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -227,7 +229,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             Whether the update was applied; False if a gradient was not finite and the step was skipped.
 
         Raises:
-            UsageError: a closure was passed.
+            UsageError: a closure was passed, or a parameter without a gradient is not allowed.
             LossScaleError: the gradients overflow although the loss scale is at its minimum.
         """
         if closure is not None:
@@ -250,6 +252,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         scale = self._step_scale(self._norm)
         found_inf = (~torch.isfinite(norm)).float() if self.rules.check_finite else None
         if unused:
+            if self.rules.require_all:
+                _refuse_unused([gradients.unit for gradients in active], unused)
             self._split_unused(unused)
         if self._fuses:
             self._update_fused(active, unused, scale, found_inf)
@@ -357,6 +361,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 if not bool(torch.isfinite(part).all()):
                     return gradients.unit.names[piece.index]
         return None
+
+
+def _refuse_unused(units: Sequence[Unit], unused: set[nn.Parameter]) -> None:
+    names = [
+        name for unit in units for name, param in zip(unit.names, unit.params, strict=True) if param in unused
+    ]
+    raise UsageError(
+        f"zero_optimization.ignore_unused_parameters: expected a gradient for every parameter, got none for "
+        f"{', '.join(names)}; freeze them (requires_grad_(False)) or set the key to true"
+    )
 
 
 def _norm_parts(shards: Sequence[Tensor]) -> list[Tensor]:

@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from deepspeed import comm
@@ -23,10 +22,10 @@ class Measured:
     """One optimizer step.
 
     Attributes:
-        loss: mean over micro-batches and ranks.
+        loss: mean over ranks and over micro-batches since the previous measurement; nan where none was seen.
         lr: of the first param group.
         grad_norm: before clipping; None where the step had no gradients.
-        samples_per_s: over all ranks, since the previous step.
+        samples_per_s: over all ranks, since the previous measurement.
         memory_gib: in use on this rank (device memory, or resident memory on a host).
     """
 
@@ -43,13 +42,16 @@ class StepMetrics(Feature):
 
     def __init__(self, data_parallel: RankGroup) -> None:
         self._data_parallel = data_parallel
-        self._losses: list[Tensor] = []
+        self._loss_sum: Tensor | None = None
+        self._losses = 0
         self._samples_before = 0
         self._since = time.perf_counter()
         self._measured: Measured | None = None
 
     def backward_start(self, engine: DeepSpeedEngine, loss: Tensor) -> None:
-        self._losses.append(loss.detach().float())
+        value = loss.detach().float().reshape(())
+        self._loss_sum = value if self._loss_sum is None else self._loss_sum + value
+        self._losses += 1
 
     def step_end(self, engine: DeepSpeedEngine) -> None:
         self._measured = None
@@ -68,13 +70,13 @@ class StepMetrics(Feature):
                 memory_gib=get_accelerator().memory_allocated() / 2**30,
             )
             self._samples_before, self._since = engine.global_samples, now
-            self._losses.clear()
+            self._loss_sum, self._losses = None, 0
         return self._measured
 
     def _mean_loss(self, engine: DeepSpeedEngine) -> float:
-        if not self._losses:
+        if self._loss_sum is None:
             return float("nan")
-        mean = torch.stack([loss.reshape(()) for loss in self._losses]).mean()
+        mean = self._loss_sum / self._losses
         if self._data_parallel.size > 1:
             comm.all_reduce(mean, group=self._data_parallel.process_group)
             mean /= self._data_parallel.size
