@@ -36,5 +36,6 @@ class AioSection(Section):
     queue_depth: Count = key(8, "outstanding requests")
     intra_op_parallelism: Count = key(1, "threads per operation")
     single_submit: bool = key(False, "submit requests one by one")
+    thread_count: Count = key(1, "no effect; intra_op_parallelism sets the threads")
     overlap_events: bool = key(True, "submit while others complete")
     use_gds: bool = key(False, "GPUDirect Storage")

@@ -7,15 +7,36 @@ from deepspeed.config.base import shown
 from deepspeed.config.root import DeepSpeedConfig
 from deepspeed.config.tree import lookup
 
+ZERO = "zero_optimization"
 INERT = {
+    "aio.thread_count": "aio.intra_op_parallelism sets the threads",
+    "allgather_size": "belonged to the boolean zero_optimization",
     "bf16.immediate_grad_update": "gradients are added to their sum once their unit is complete",
+    "checkpoint.tag_validation": "engine.save_checkpoint is not built yet",
+    "checkpoint.use_node_local_storage": "engine.save_checkpoint is not built yet",
+    "data_efficiency.data_routing.enabled": "random_ltd.enabled decides",
+    "data_efficiency.data_sampling.enabled": "curriculum_learning.enabled decides",
+    "data_efficiency.enabled": "its parts decide",
+    "disable_allgather": "updated parameters are always gathered",
+    "eigenvalue": "only quantize_training.eigenvalue was read",
+    "moe": "experts are configured in Python",
+    "optimizer.legacy_fusion": "there is one fused Adam",
+    "pipeline.partition": "an argument of PipelineModule decides",
+    "pipeline.seed_layers": "an argument of PipelineModule decides",
+    "pipeline.stages": "an argument of PipelineModule decides",
     "timers.throughput.enabled": "samples per second are a by-product of progress lines and monitors",
     "timers.throughput.synchronized": "reading the loss waits for the device anyway",
-    "zero_optimization.contiguous_gradients": "gradients of a unit always lie in one buffer",
-    "zero_optimization.enable_sanity_checks": "the checks that cost nothing are always on",
-    "zero_optimization.log_trace_cache_warnings": "there is no trace that a changed order could invalidate",
-    "zero_optimization.reduce_scatter": "gradients only ever go to the rank that owns them",
-    "zero_optimization.round_robin_gradients": "every rank owns an equal part of every unit",
+    "vocabulary_size": "never needed",
+    f"{ZERO}.allgather_partitions": "updated parameters are always gathered in one collective",
+    f"{ZERO}.contiguous_gradients": "gradients of a unit always lie in one buffer",
+    f"{ZERO}.cpu_offload_use_pin_memory": "offload_optimizer.pin_memory decides",
+    f"{ZERO}.elastic_checkpoint": "every checkpoint loads at any world size",
+    f"{ZERO}.enable_sanity_checks": "the checks that cost nothing are always on",
+    f"{ZERO}.grad_hooks": "gradients are always reduced from hooks",
+    f"{ZERO}.log_trace_cache_warnings": "there is no trace that a changed order could invalidate",
+    f"{ZERO}.reduce_scatter": "gradients only ever go to the rank that owns them",
+    f"{ZERO}.round_robin_gradients": "every rank owns an equal part of every unit",
+    f"{ZERO}.use_multi_rank_bucket_allreduce": "a unit is always one collective",
 }
 """A value other than the default is reported once."""
 
@@ -30,10 +51,12 @@ def report_inert(config: DeepSpeedConfig) -> None:
     """Warn once of the inert keys that the user has set to something else than their default."""
     lines = []
     for path, reason in INERT.items():
-        section = lookup(config, path.rpartition(".")[0])
-        name = path.rpartition(".")[2]
-        value = getattr(section, name)
-        if config.source_of(path) == "user" and value != type(section).model_fields[name].default:
+        if not config.source_of(path).startswith("user"):
+            continue
+        section, _, name = path.rpartition(".")
+        owner = lookup(config, section) if section else config
+        value = getattr(owner, name)
+        if value != type(owner).model_fields[name].default:
             lines.append(f"{path} = {shown(value)} ({reason})")
     if lines:
         warn_once(f"configuration keys without effect: {'; '.join(lines)}")

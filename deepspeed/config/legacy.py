@@ -1,27 +1,9 @@
-"""Old names, and keys that do nothing: how a configuration written for older releases is read.
-
-`HARMLESS` is the one table of keys that are accepted without effect; each is reported once.
-"""
+"""Old names: how a configuration written for older releases is read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
-
-HARMLESS = {
-    "aio.thread_count": "aio.intra_op_parallelism sets the threads",
-    "allgather_size": "belonged to the boolean zero_optimization",
-    "disable_allgather": "never read",
-    "eigenvalue": "only quantize_training.eigenvalue was read",
-    "moe": "experts are configured in Python",
-    "optimizer.legacy_fusion": "there is one fused Adam",
-    "vocabulary_size": "never needed",
-    "zero_optimization.allgather_partitions": "updated parameters are always gathered in one collective",
-    "zero_optimization.cpu_offload_use_pin_memory": "offload_optimizer.pin_memory decides",
-    "zero_optimization.elastic_checkpoint": "every checkpoint loads at any world size",
-    "zero_optimization.grad_hooks": "gradients are always reduced from hooks",
-    "zero_optimization.use_multi_rank_bucket_allreduce": "a bucket is always one collective",
-}
 
 RENAMED = {
     "bfloat16": "bf16",
@@ -36,7 +18,7 @@ REMOVED = {"zero_optimization.legacy_stage1": "that implementation of stage 1 is
 
 def old_names(section: str) -> list[str]:
     """Return the keys of this file that stand in `section` (a path, empty for the top level)."""
-    listed = [*HARMLESS, *RENAMED, *REMOVED, *(f"zero_optimization.{name}" for name in OFFLOADS)]
+    listed = [*RENAMED, *REMOVED, *(f"zero_optimization.{name}" for name in OFFLOADS)]
     return [path.rpartition(".")[2] for path in listed if path.rpartition(".")[0] == section]
 
 
@@ -52,10 +34,10 @@ class Modernised:
 
 
 def modernise(tree: dict[str, Any]) -> Modernised:
-    """Rewrite old names in `tree`, in place; take out what has no effect."""
+    """Rewrite old names in `tree`, in place."""
     done = Modernised(tree)
     _expand_boolean_stage(done)
-    _drop(done)
+    _refuse_removed(done)
     _rename(done)
     _move_offloads(done)
     return done
@@ -82,15 +64,7 @@ def _expand_boolean_stage(done: Modernised) -> None:
     )
 
 
-def _drop(done: Modernised) -> None:
-    dropped = []
-    for path, reason in HARMLESS.items():
-        parent, name = _parent(done.tree, path)
-        if name in parent:
-            del parent[name]
-            dropped.append(f"{path} ({reason})")
-    if dropped:
-        done.warnings.append(f"configuration keys without effect: {'; '.join(dropped)}")
+def _refuse_removed(done: Modernised) -> None:
     for path, reason in REMOVED.items():
         parent, name = _parent(done.tree, path)
         if parent.pop(name, False) not in (False, "auto"):

@@ -13,6 +13,7 @@ class OptimizerSection(Section):
 
     type: str | None = key(None, "Adam, AdamW, SGD, Adagrad, Lion, Lamb, Muon, or any class of torch.optim")
     params: dict[str, Any] = key({}, "keyword arguments: lr, betas, eps, weight_decay, ...")
+    legacy_fusion: bool = key(False, "no effect")
 
 
 class SchedulerSection(Section):

@@ -23,7 +23,7 @@ class Bf16Section(Section):
     """Parameters in bf16, master weights in fp32."""
 
     enabled: bool = key(False, "train in bf16")
-    immediate_grad_update: bool = key(False, "add each gradient to its fp32 sum as soon as it exists")
+    immediate_grad_update: bool = key(False, "no effect; a unit's gradients are added when complete")
     check_grad_overflow: bool = key(True, "skip the step when a gradient is infinite or not a number")
     bf16_master_weights_and_grads: bool = key(False, "keep master weights and gradients in bf16 (stages 1-3)")
     bf16_optimizer_states: bool = key(False, "keep optimizer states in bf16 too; needs the key above")

@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from deepspeed.config.base import LOWER, UPPER, Expects, Section, shown
 from deepspeed.config.inert import INERT
-from deepspeed.config.legacy import HARMLESS, OFFLOADS, RENAMED
+from deepspeed.config.legacy import OFFLOADS, RENAMED
 from deepspeed.config.root import DeepSpeedConfig
 from deepspeed.config.tree import keys, shape
 
@@ -89,7 +89,6 @@ def _old_names() -> str:
     for old, new in OFFLOADS.items():
         lines.append(f'| `zero_optimization.{old}` | read as `{new}: {{"device": "cpu"}}` |')
     lines.append("| `zero_optimization: true` | read as `stage: 1` |")
-    lines += [f"| `{path}` | no effect: {reason} |" for path, reason in HARMLESS.items()]
     return "\n".join([*lines, ""])
 
 

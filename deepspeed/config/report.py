@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deepspeed.config.base import Section, shown
 from deepspeed.config.root import DeepSpeedConfig
 from deepspeed.config.tree import join
-from deepspeed.config.unbuilt import asked
+from deepspeed.config.unbuilt import TABLE, asked
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,8 +47,7 @@ class Row:
 def rows(config: DeepSpeedConfig) -> list[Row]:
     """Return the effective configuration; a section nobody touched and that is off is one row."""
     notes = {row.path: f"not built yet: {row.feature}" for row in asked(config)}
-    stage = config.zero_optimization.stage
-    return [_annotated(row, notes, stage) for row in _rows(config, config, "")]
+    return [_annotated(row, notes) for row in _rows(config, config, "")]
 
 
 def _rows(config: DeepSpeedConfig, section: Section, path: str) -> Iterator[Row]:
@@ -79,15 +78,23 @@ def _touched(config: DeepSpeedConfig, name: str) -> bool:
     return config.source_of(name) != "default"
 
 
-def _annotated(row: Row, notes: dict[str, str], stage: int) -> Row:
+def _annotated(row: Row, notes: dict[str, str]) -> Row:
     note = row.note
     if row.path in notes:
         note = notes[row.path]
     elif row.value == '"auto"' and row.source == "auto":
         note = "waits for model and data"
-    elif row.path.startswith("zero_optimization.stage3_") and stage < 3 and row.source != "default":
-        note = "has no effect below stage 3"
+    elif row.source != "default":
+        note = _idle(row.path, notes)
     return Row(row.path, row.value, row.source, note)
+
+
+def _idle(path: str, asked_for: Collection[str]) -> str:
+    """Say for which feature a key waits, when nothing asks for that feature."""
+    owners = [one for one in TABLE if one.governs(path)]
+    if not owners or any(one.path in asked_for for one in owners):
+        return ""
+    return f"no effect without {owners[0].feature}"
 
 
 def render_config(config: DeepSpeedConfig) -> Table:

@@ -16,6 +16,7 @@ from deepspeed.config.base import (
     Factor,
     Interval,
     Section,
+    Size,
     key,
     part,
     shown,
@@ -68,7 +69,7 @@ class DeepSpeedConfig(Section):
     gradient_clipping: Amount = key(1.0, "largest global norm of gradients; 0: no clipping")
     prescale_gradients: bool = key(False, "divide gradients before they are summed over ranks")
     gradient_predivide_factor: Factor = key(
-        1.0, "with prescale_gradients: divide by ranks / this before, by this after"
+        1.0, "divide by this before the sum and by ranks / this after; no effect with prescale_gradients"
     )
     gradient_allreduce_op: Annotated[Literal["mean", "sum"], LOWER] = key("mean", "mean or sum over ranks")
     communication_data_type: DtypeName | None = key(
@@ -127,6 +128,11 @@ class DeepSpeedConfig(Section):
     autotuning: AutotuningSection = part(AutotuningSection, "search for settings")
     elasticity: ElasticitySection = part(ElasticitySection, "batches for many world sizes")
     sparse_attention: SparseAttentionSection | None = key(None, "block-sparse patterns")
+    allgather_size: Size = key(500_000_000, "no effect without the boolean zero_optimization")
+    disable_allgather: bool = key(False, "no effect")
+    eigenvalue: Any = key(None, "no effect; quantize_training.eigenvalue is another key")
+    moe: Any = key(None, "no effect; experts are configured in Python")
+    vocabulary_size: Size | None = key(None, "no effect")
 
     _raw: Mapping[str, Any] = PrivateAttr(default_factory=dict)
     _provenance: Provenance = PrivateAttr(default_factory=Provenance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from deepspeed.config.base import Section, shown
@@ -17,12 +18,23 @@ UNBUILT_OPTIMIZERS = ("onebitadam", "onebitlamb", "zerooneadam", "muadam", "muad
 
 @dataclass(frozen=True)
 class Unbuilt:
-    """A key, the values of it that ask for something, and what that is."""
+    """A key, the values of it that ask for something, and what that is.
+
+    `settings` are patterns of further keys that matter only together with it; beside a key ``x.enabled``
+    those are all keys of ``x``.
+    """
 
     path: str
     feature: str
     asks: Callable[[Any], bool] = bool
     way_out: str = "remove the key or turn it off"
+    settings: tuple[str, ...] = ()
+
+    def governs(self, path: str) -> bool:
+        """Whether the key at `path` matters only where this one asks for its feature."""
+        section, _, name = self.path.rpartition(".")
+        beside = (f"{section}.*",) if section and name == "enabled" else ()
+        return path != self.path and any(fnmatchcase(path, one) for one in (*beside, *self.settings))
 
 
 def _offloads(device: Any) -> bool:
@@ -44,23 +56,55 @@ def _is(answer: bool) -> Callable[[Any], bool]:
 def _techniques() -> list[Unbuilt]:
     names = [name for name in CompressionSection.model_fields if name != "layer_reduction"]
     return [
-        Unbuilt(f"compression_training.{name}.shared_parameters.enabled", "compression") for name in names
+        Unbuilt(
+            f"compression_training.{name}.shared_parameters.enabled",
+            "compression",
+            settings=(f"compression_training.{name}.*",),
+        )
+        for name in names
     ]
 
 
 ZERO = "zero_optimization"
+STAGE_3 = (
+    "stage3_*",
+    "leaf_module.*",
+    "memory_efficient_linear",
+    "override_module_apply",
+    "pipeline_loading_checkpoint",
+    "save_muon_momentum_buffer_in_memory",
+    "sub_group_size",
+)
 TABLE = [
-    Unbuilt(f"{ZERO}.stage", "sharding of parameters (stage 3)", _above(2), "use stage 0, 1 or 2"),
-    Unbuilt(f"{ZERO}.offload_param.device", "offload", _offloads),
-    Unbuilt(f"{ZERO}.offload_optimizer.device", "offload", _offloads),
+    Unbuilt(
+        f"{ZERO}.stage",
+        "sharding of parameters (stage 3)",
+        _above(2),
+        "use stage 0, 1 or 2",
+        settings=tuple(f"{ZERO}.{name}" for name in STAGE_3),
+    ),
+    Unbuilt(f"{ZERO}.offload_param.device", "offload", _offloads, settings=(f"{ZERO}.offload_param.*",)),
+    Unbuilt(
+        f"{ZERO}.offload_optimizer.device",
+        "offload",
+        _offloads,
+        settings=(f"{ZERO}.offload_optimizer.*", "aio.*"),
+    ),
     Unbuilt(f"{ZERO}.offload_optimizer.super_offload", "SuperOffload"),
-    Unbuilt(f"{ZERO}.zenflow", "ZenFlow", _given),
+    Unbuilt(f"{ZERO}.zenflow", "ZenFlow", _given, settings=(f"{ZERO}.zenflow.*",)),
     Unbuilt(f"{ZERO}.zero_hpz_partition_size", "hpZ", _above(1)),
     Unbuilt(f"{ZERO}.zero_quantized_weights", "quantised gathers"),
     Unbuilt(f"{ZERO}.zero_quantized_nontrainable_weights", "quantised frozen weights"),
     Unbuilt(f"{ZERO}.zero_quantized_gradients", "quantised reductions"),
-    Unbuilt(f"{ZERO}.zeropp_loco_param", "error feedback of quantised reductions", _given),
-    Unbuilt(f"{ZERO}.mics_shard_size", "MiCS", _above(0)),
+    Unbuilt(
+        f"{ZERO}.zeropp_loco_param",
+        "error feedback of quantised reductions",
+        _given,
+        settings=(f"{ZERO}.zeropp_loco_param.*",),
+    ),
+    Unbuilt(
+        f"{ZERO}.mics_shard_size", "MiCS", _above(0), settings=(f"{ZERO}.mics_hierarchical_params_gather",)
+    ),
     Unbuilt(f"{ZERO}.load_from_fp32_weights", "loading master weights from rounded ones", _is(False)),
     Unbuilt(
         "optimizer.type",
@@ -69,7 +113,11 @@ TABLE = [
         "use Adam, AdamW or Lamb",
     ),
     *(
-        Unbuilt(f"activation_checkpointing.{name}", "this kind of activation checkpointing")
+        Unbuilt(
+            f"activation_checkpointing.{name}",
+            "this kind of activation checkpointing",
+            settings=("activation_checkpointing.number_checkpoints",),
+        )
         for name in (
             "partition_activations",
             "cpu_checkpointing",
@@ -82,17 +130,29 @@ TABLE = [
     Unbuilt("checkpoint.load_universal", "loading the original's universal format"),
     Unbuilt("checkpoint.parallel_write.pipeline_stage", "shared writing of a pipe stage"),
     Unbuilt("checkpoint.checkpoint_serialization", "torch's old file format", _is(False)),
-    Unbuilt("checkpoint.writer", "another checkpoint writer", _given),
+    Unbuilt("checkpoint.writer", "another checkpoint writer", _given, settings=("checkpoint.writer.*",)),
     Unbuilt("nebula.enabled", "Nebula"),
     Unbuilt("datastates_ckpt", "DataStates", lambda value: value is not False),
-    Unbuilt("sequence_parallel_size", "sequence parallelism", _above(1)),
+    Unbuilt(
+        "sequence_parallel_size",
+        "sequence parallelism",
+        _above(1),
+        settings=("seq_parallel_communication_data_type",),
+    ),
     Unbuilt("use_data_before_expert_parallelism", "expert parallelism"),
     Unbuilt("graph_harvesting", "CUDA graphs of the step"),
-    Unbuilt("tensor_parallel.autotp_size", "tensor parallelism", _above(1)),
+    Unbuilt("tensor_parallel.autotp_size", "tensor parallelism", _above(1), settings=("tensor_parallel.*",)),
     Unbuilt("tensor_parallel.tensor_parallel.tp_size", "tensor parallelism", _above(1)),
     Unbuilt("expert_parallel.enabled", "expert parallelism"),
-    Unbuilt("pipeline.activation_checkpoint_interval", "pipeline parallelism", _above(0)),
-    Unbuilt("compile.deepcompile", "graph passes", way_out="call engine.compile without it"),
+    Unbuilt(
+        "pipeline.activation_checkpoint_interval", "pipeline parallelism", _above(0), settings=("pipeline.*",)
+    ),
+    Unbuilt(
+        "compile.deepcompile",
+        "graph passes",
+        way_out="call engine.compile without it",
+        settings=("compile.*",),
+    ),
     Unbuilt("compile.passes", "graph passes", way_out="call engine.compile without them"),
     Unbuilt("compile.offload_activation", "graph passes"),
     Unbuilt("compile.offload_opt_states", "graph passes"),
@@ -102,7 +162,11 @@ TABLE = [
     Unbuilt("aio.use_gds", "GPUDirect Storage"),
     Unbuilt("hybrid_engine.enabled", "the hybrid engine"),
     Unbuilt("weight_quantization.enabled", "weight quantisation"),
-    Unbuilt("data_efficiency.data_sampling.curriculum_learning.enabled", "curriculum sampling"),
+    Unbuilt(
+        "data_efficiency.data_sampling.curriculum_learning.enabled",
+        "curriculum sampling",
+        settings=("data_efficiency.seed", "data_efficiency.data_sampling.*"),
+    ),
     Unbuilt("data_efficiency.data_sampling.dynamic_batching.enabled", "dynamic batching"),
     Unbuilt("data_efficiency.data_routing.random_ltd.enabled", "random token dropping"),
     Unbuilt("curriculum_learning.enabled", "the sequence-length curriculum"),
@@ -112,7 +176,12 @@ TABLE = [
     Unbuilt("quantize_training.eigenvalue.enabled", "quantised training"),
     Unbuilt("autotuning.enabled", "autotuning"),
     Unbuilt("elasticity.enabled", "elastic batch sizes"),
-    Unbuilt("sparse_attention.mode", "sparse attention", lambda mode: mode not in (None, "dense")),
+    Unbuilt(
+        "sparse_attention.mode",
+        "sparse attention",
+        lambda mode: mode not in (None, "dense"),
+        settings=("sparse_attention.*",),
+    ),
 ]
 
 

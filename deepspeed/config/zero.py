@@ -88,11 +88,11 @@ class ZeroSection(Section):
     """Sharding of optimizer states (stage 1), gradients (2) and parameters (3)."""
 
     stage: Stage = key(0, "0: nothing is sharded; 1, 2, 3: see above")
-    contiguous_gradients: bool = key(True, "gradients in one buffer")
-    reduce_scatter: bool = key(True, "reduce each gradient to the rank that owns it, not to all")
+    contiguous_gradients: bool = key(True, "no effect; gradients of a unit lie in one buffer")
+    reduce_scatter: bool = key(True, "no effect; gradients go to the rank that owns them")
     reduce_bucket_size: Size = key(500_000_000, "elements per gradient reduction")
     allgather_bucket_size: Size = key(500_000_000, "bounds units as the key above does")
-    overlap_comm: bool | None = key(None, "reduce while backward runs; null: at stage 3 only")
+    overlap_comm: bool | None = key(None, "reduce while backward runs; null: yes")
     load_from_fp32_weights: bool = key(True, "on load, master weights come from the saved fp32 ones")
     offload_param: OffloadParamSection | None = key(None, "where parameters live")
     offload_optimizer: OffloadOptimizerSection | None = key(None, "where optimizer states live")
@@ -108,7 +108,7 @@ class ZeroSection(Section):
     stage3_use_all_reduce_for_fetch_params: bool = key(False, "gather by all-reduce")
     stage3_allgather_sequential: bool = key(False, "gather one parameter at a time")
     ignore_unused_parameters: bool = key(True, "false: a parameter without gradient is an error")
-    round_robin_gradients: bool = key(False, "spread the order of gradients over ranks")
+    round_robin_gradients: bool = key(False, "no effect; every rank owns an equal part")
     zero_hpz_partition_size: Size = key(1, "ranks that share a second copy of the parameters (hpZ)")
     zero_quantized_weights: bool = key(False, "gather parameters in int8 (qwZ)")
     zero_quantized_nontrainable_weights: bool = key(False, "keep frozen parameters in int8")
@@ -119,10 +119,15 @@ class ZeroSection(Section):
     memory_efficient_linear: bool = key(True, "do not save gathered weights for backward")
     pipeline_loading_checkpoint: bool = key(False, "ranks load one after another, to save host memory")
     override_module_apply: bool = key(True, "zero.Init gathers parameters for Module.apply")
-    log_trace_cache_warnings: bool = key(False, "report when the prefetch order changes")
-    enable_sanity_checks: bool = key(False, "check internal consistency")
+    log_trace_cache_warnings: bool = key(False, "no effect; there is no recorded order")
+    enable_sanity_checks: bool = key(False, "no effect; what costs nothing is always checked")
     save_muon_momentum_buffer_in_memory: bool = key(False, "with nvme, do not swap Muon's momentum")
     leaf_module: LeafModuleSection = part(LeafModuleSection, "modules treated as one unit")
+    allgather_partitions: bool = key(True, "no effect; updated parameters are gathered in one collective")
+    cpu_offload_use_pin_memory: bool | None = key(None, "no effect; offload_optimizer.pin_memory decides")
+    elastic_checkpoint: bool = key(False, "no effect; every checkpoint loads at any world size")
+    grad_hooks: bool = key(True, "no effect; gradients are reduced from hooks")
+    use_multi_rank_bucket_allreduce: bool = key(True, "no effect; a unit is one collective")
 
     aliases: ClassVar[dict[str, Any]] = {
         name.removeprefix("stage3_"): name

@@ -13,68 +13,121 @@ from deepspeed.config.tree import keys
 from deepspeed.config.unbuilt import TABLE
 
 PACKAGE = Path(deepspeed.__file__).parent
-RULES = ("auto", "batch", "loading", "rules")
 
-DORMANT = (
-    "activation_checkpointing.",
-    "aio.",
-    "amp.opt_level",
-    "checkpoint.",
-    "compile.",
-    "compression_training.",
-    "curriculum_learning.",
-    "data_efficiency.",
-    "pipeline.",
-    "seq_parallel_communication_data_type",
-    "sparse_attention.",
-    "tensor_parallel.",
-    "zero_optimization.leaf_module.",
-    "zero_optimization.memory_efficient_linear",
-    "zero_optimization.mics_hierarchical_params_gather",
-    "zero_optimization.override_module_apply",
-    "zero_optimization.pipeline_loading_checkpoint",
-    "zero_optimization.save_muon_momentum_buffer_in_memory",
-    "zero_optimization.stage3_",
-    "zero_optimization.sub_group_size",
-    "zero_optimization.zenflow.",
-    "zero_optimization.zeropp_loco_param.",
-)
-"""Details of features whose own key is refused while they are not built."""
+READ = {
+    "config/batch.py": "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps",
+    "config/loading.py": "data_parallel_size log_level verbose",
+    "config/rules.py": "amp.enabled data_types.param_dtype sparse_gradients",
+    "comm/log.py": """
+        comms_logger.enabled comms_logger.prof_all comms_logger.prof_ops comms_logger.verbose
+        comms_logger.debug
+    """,
+    "engine/engine.py": "managed_gradient_accumulation",
+    "engine/build.py": """
+        optimizer.params scheduler.type scheduler.params gradient_clipping prescale_gradients
+        gradient_predivide_factor gradient_allreduce_op communication_data_type dataloader_drop_last
+        zero_optimization.reduce_bucket_size zero_optimization.allgather_bucket_size
+        zero_optimization.overlap_comm zero_optimization.ignore_unused_parameters
+        fp16.enabled fp16.auto_cast fp16.fp16_master_weights_and_grads
+        bf16.enabled bf16.check_grad_overflow bf16.bf16_master_weights_and_grads
+        torch_autocast.enabled torch_autocast.dtype torch_autocast.lower_precision_safe_modules
+        data_types.grad_accum_dtype data_types.buffer_dtype
+    """,
+    "engine/features/__init__.py": "steps_per_print wall_clock_breakdown memory_breakdown",
+    "engine/initialize.py": "dump_state",
+    "engine/optimizers.py": "bf16.bf16_optimizer_states",
+    "precision/loss_scaler.py": """
+        fp16.loss_scale fp16.initial_scale_power fp16.loss_scale_window fp16.hysteresis
+        fp16.consecutive_hysteresis fp16.min_loss_scale
+    """,
+    "monitor/monitor.py": """
+        tensorboard.enabled tensorboard.output_path tensorboard.job_name
+        wandb.enabled wandb.group wandb.team wandb.project
+        csv_monitor.enabled csv_monitor.output_path csv_monitor.job_name
+        comet.enabled comet.samples_log_interval comet.project comet.workspace comet.api_key
+        comet.experiment_name comet.experiment_key comet.online comet.mode
+    """,
+}
+"""Where keys are acted on, or held to others (amp and sparse_gradients: refused)."""
 
-
-def sources():
-    """What reads keys: the package below the configuration, and the rules between keys."""
-    below = [path for path in PACKAGE.rglob("*.py") if "config" not in path.relative_to(PACKAGE).parts]
-    return "\n".join(
-        path.read_text() for path in [*below, *(PACKAGE / f"config/{name}.py" for name in RULES)]
-    )
+ONLY_WITH_AMP = "amp.opt_level"
 
 
 def test_no_key_is_accepted_and_ignored():
-    text = sources()
-    refused = {row.path for row in TABLE}
-    sections = {path.rpartition(".")[0] for path in refused if path.endswith((".enabled", ".device"))}
-    ignored = []
-    for path, _ in keys(DeepSpeedConfig):
-        name = path.rpartition(".")[2]
-        named = path in refused or path in INERT or path in GRANTED or path.startswith(DORMANT)
-        inside_refused = any(path.startswith(f"{section}.") for section in sections)
-        if not (named or inside_refused or re.search(rf"(\.|\"){re.escape(name)}\b", text)):
-            ignored.append(path)
-    assert ignored == []
+    answered = {
+        ONLY_WITH_AMP,
+        *INERT,
+        *GRANTED,
+        *(row.path for row in TABLE),
+        *" ".join(READ.values()).split(),
+    }
+    known = [path for path, _ in keys(DeepSpeedConfig)]
+    assert [path for path in known if path not in answered and not any(r.governs(path) for r in TABLE)] == []
+
+
+@pytest.mark.parametrize("file", READ)
+def test_a_key_that_is_acted_on_is_named_where_that_happens(file):
+    source = (PACKAGE / file).read_text()
+    known = dict(keys(DeepSpeedConfig))
+    for path in READ[file].split():
+        assert path in known
+        assert re.search(rf"\b{path.rpartition('.')[2]}\b", source), path
+
+
+def test_the_tables_overlap_nowhere_and_name_only_known_keys():
+    known = dict(keys(DeepSpeedConfig))
+    read = " ".join(READ.values()).split()
+    names = [*INERT, *GRANTED, *read]
+    assert len(names) == len(set(names))
+    assert set(names) <= known.keys()
+    assert not {row.path for row in TABLE} & {*names}
+
+
+OTHER = {
+    "aio.thread_count": 2,
+    "allgather_size": 2,
+    "checkpoint.tag_validation": "fail",
+    "eigenvalue": {"enabled": True},
+    "moe": {"enabled": True},
+    "pipeline.partition": "uniform",
+    "pipeline.stages": 2,
+    "vocabulary_size": 50257,
+}
+"""Of keys that are not true or false: a value that asks for something."""
+
+
+def tree_with(path, value):
+    tree: dict = {"train_batch_size": 1}
+    inner = tree
+    *sections, name = path.split(".")
+    for part in sections:
+        inner = inner.setdefault(part, {})
+    inner[name] = value
+    return tree
 
 
 @pytest.mark.parametrize("path", INERT)
-def test_a_key_without_effect_is_reported_when_it_asks_for_something(path, log):
-    section, _, name = path.rpartition(".")
-    declared = dict(keys(DeepSpeedConfig))[path]
-    for value in (declared.default, not declared.default):
-        tree: dict = {}
-        inner = tree
-        for part in section.split("."):
-            inner = inner.setdefault(part, {})
-        inner[name] = value
-        load_config({"train_batch_size": 1, **tree})
-        load_config({"train_batch_size": 1, **tree})
-    assert [line for line in log if path in line] == [log[-1]]
-    assert INERT[path] in log[-1]
+def test_a_key_without_effect_is_reported_once_and_only_when_it_asks_for_something(path, log):
+    default = dict(keys(DeepSpeedConfig))[path].default
+    load_config(tree_with(path, default))
+    load_config(tree_with(path, "auto"))
+    assert log == []
+    other = OTHER.get(path, not default)
+    for _ in range(2):
+        load_config(tree_with(path, other))
+    assert len(log) == 1
+    assert f"{path} = " in log[0]
+    assert INERT[path] in log[0]
+
+
+def test_keys_without_effect_share_one_line(log):
+    zero = {"allgather_partitions": False, "elastic_checkpoint": True, "reduce_scatter": True}
+    load_config({"train_batch_size": 8, "zero_optimization": zero, "disable_allgather": True})
+    assert len(log) == 1
+    assert all(name in log[0] for name in ("allgather_partitions", "elastic_checkpoint", "disable_allgather"))
+    assert "reduce_scatter" not in log[0]
+
+
+def test_an_old_spelling_of_a_section_hides_nothing(log):
+    load_config({"train_batch_size": 8, "bfloat16": {"immediate_grad_update": True}})
+    assert any("bf16.immediate_grad_update = true" in line for line in log)

@@ -1,9 +1,8 @@
-"""Old names work and are reported once; keys without effect stand in one table and are reported once."""
+"""Old names work and are reported once."""
 
 import pytest
 
 from deepspeed.config import load_config
-from deepspeed.config.legacy import HARMLESS
 from deepspeed.config.tree import lookup
 
 ZERO = "zero_optimization"
@@ -55,20 +54,3 @@ def test_an_offload_that_is_off_maps_to_nothing(log):
     config = load(zero_optimization={"cpu_offload": False, "cpu_offload_param": None})
     assert config.zero_optimization.offload_optimizer is None
     assert log == []
-
-
-@pytest.mark.parametrize("path", HARMLESS)
-def test_a_key_without_effect_is_accepted_and_named_once(path, log):
-    section, _, name = path.rpartition(".")
-    for _ in range(2):
-        load(**({section: {name: 1}} if section else {name: 1}))
-    assert len(log) == 1
-    assert path in log[0]
-
-
-def test_keys_without_effect_share_one_line(log):
-    load(
-        zero_optimization={"allgather_partitions": True, "elastic_checkpoint": False}, disable_allgather=False
-    )
-    assert len(log) == 1
-    assert all(name in log[0] for name in ("allgather_partitions", "elastic_checkpoint", "disable_allgather"))

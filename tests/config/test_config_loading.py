@@ -96,14 +96,23 @@ def test_raw_of_a_file_is_its_tree(write):
     assert load_config(write(json.dumps(TREE))).raw == TREE
 
 
-@pytest.mark.parametrize(("name", "stage"), [("simple_fp16.json", 0), ("zero2.json", 2)])
-def test_tutorial_files_load_as_they_are(name, stage, log):
+TODAY = {"simple_fp16.json": 0, "zero2.json": 2}
+LATER = ("zero3_offload.json", "zero3_offload_auto.json")
+
+
+def test_every_tutorial_file_is_tried():
+    assert {path.name for path in SAMPLES.iterdir()} == {*TODAY, *LATER}
+
+
+@pytest.mark.parametrize("name", TODAY)
+def test_tutorial_files_load_as_they_are_and_without_a_warning(name, log):
     config = load_config(SAMPLES / name)
     assert config.batch.train == 32
-    assert config.zero_optimization.stage == stage
+    assert config.zero_optimization.stage == TODAY[name]
+    assert log == []
 
 
-@pytest.mark.parametrize("name", ["zero3_offload.json", "zero3_offload_auto.json"])
+@pytest.mark.parametrize("name", LATER)
 def test_tutorial_files_of_later_features_parse_and_are_refused(name, log):
     config = load_config(SAMPLES / name, refuse_unbuilt=False)
     assert config.zero_optimization.sub_group_size == 10**9

@@ -40,7 +40,10 @@ def test_what_has_no_effect_or_is_refused_is_noted():
     found = table(TREE)
     assert found["zero_optimization.stage"].note == "not built yet: sharding of parameters (stage 3)"
     found = table({**TREE, "zero_optimization": {"stage": 2, "stage3_max_live_parameters": 5}})
-    assert found["zero_optimization.stage3_max_live_parameters"].note == "has no effect below stage 3"
+    assert (
+        found["zero_optimization.stage3_max_live_parameters"].note
+        == "no effect without sharding of parameters (stage 3)"
+    )
     assert found["zero_optimization.stage"].note == ""
 
 
