@@ -15,6 +15,7 @@ Note [Rooms and signals]
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import select
@@ -100,7 +101,10 @@ class Links:
         self._reading[self._calls] = room
         descriptor = self._unknown.pop(room.index, None)
         for peer in self._sockets:
-            self._send(peer, message, [] if descriptor is None else [descriptor])
+            try:
+                self._send(peer, message, *([] if descriptor is None else [descriptor]))
+            except ConnectionError:
+                raise CommunicationError(f"rank {peer} of the group ended before rank {self.rank}") from None
         if descriptor is not None:
             os.close(descriptor)
         return self._calls
@@ -112,7 +116,10 @@ class Links:
             CommunicationError: the peer is gone, or did not come in time.
         """
         while (peer, call) not in self._announced:
-            self._receive(peer)
+            if not self._receive(peer):
+                raise CommunicationError(
+                    f"rank {peer} of the group ended while rank {self.rank} waited for it"
+                )
         return self._announced.pop((peer, call))
 
     def is_here(self, call: int) -> bool:
@@ -121,34 +128,32 @@ class Links:
         return all((peer, call) in self._announced for peer in self._sockets)
 
     def done(self, call: int) -> None:
-        """Tell all peers that their rooms of this call have been read."""
+        """Tell all peers that their rooms of this call have been read; one that has ended need not know."""
         for peer in self._sockets:
-            self._send(peer, SIGNAL.pack(DONE, call, 0, 0), [])
+            with contextlib.suppress(ConnectionError):
+                self._send(peer, SIGNAL.pack(DONE, call, 0, 0))
 
     def _drain(self) -> None:
         """Take the signals that have arrived."""
         while arrived := self._poll.poll(0):
             for descriptor, _ in arrived:
-                peer = self._peer_of[descriptor]
-                self._take(peer, *self._read(peer))
+                if not self._receive(self._peer_of[descriptor]):
+                    self._poll.unregister(descriptor)
 
-    def _receive(self, peer: int) -> None:
+    def _receive(self, peer: int) -> bool:
+        """Wait for one signal and take it; False where the peer has ended."""
         try:
-            self._take(peer, *self._read(peer))
+            message, descriptors, _, _ = socket.recv_fds(self._sockets[peer], SIGNAL.size, 1)
+        except ConnectionResetError:  # it ended before it read our last signals; its own may still be here
+            return self._receive(peer)
         except TimeoutError:
             raise CommunicationError(
                 f"rank {peer} of the group did not reach this collective in {self._timeout:.0f} s; "
                 "it is stuck, or the ranks run different collectives"
             ) from None
-
-    def _read(self, peer: int) -> tuple[bytes, list[int]]:
-        try:
-            message, descriptors, _, _ = socket.recv_fds(self._sockets[peer], SIGNAL.size, 1)
-        except ConnectionError:
-            message, descriptors = b"", []
-        if not message:
-            raise CommunicationError(f"rank {peer} of the group ended while rank {self.rank} waited for it")
-        return message, descriptors
+        if message:
+            self._take(peer, message, descriptors)
+        return bool(message)
 
     def _take(self, peer: int, message: bytes, descriptors: list[int]) -> None:
         kind, call, index, nbytes = SIGNAL.unpack(message)
@@ -163,11 +168,9 @@ class Links:
             os.close(descriptors[0])
         self._announced[peer, call] = self._theirs[peer, index]
 
-    def _send(self, peer: int, message: bytes, descriptors: list[int]) -> None:
+    def _send(self, peer: int, message: bytes, *descriptors: int) -> None:
         try:
             socket.send_fds(self._sockets[peer], [message], descriptors)
-        except ConnectionError:
-            raise CommunicationError(f"rank {peer} of the group ended before rank {self.rank}") from None
         except TimeoutError:
             raise CommunicationError(f"rank {peer} of the group does not read its signals") from None
 

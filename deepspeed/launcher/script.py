@@ -52,7 +52,7 @@ RUNNERS = {"script": run_script, "module": run_module, "command": run_command}
 def run(kind: str, target: str, arguments: Sequence[str]) -> int:
     """Run the target and return the exit code it asks for; say on stderr and in the record why it failed."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # shown at once, and never half a line among other ranks'
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True, write_through=False)
     _write_crashes_down()
     try:
         RUNNERS[kind](target, arguments)

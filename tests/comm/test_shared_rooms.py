@@ -93,6 +93,19 @@ def test_a_peer_that_ended_is_named_instead_of_waited_for(linked_pair):
         work.wait()
 
 
+def test_what_a_peer_sent_before_it_ended_arrives(linked_pair):
+    ours, theirs = linked_pair
+    chunks = [torch.empty(2), torch.empty(2)]
+    work = shared.Gather(ours, chunks, torch.zeros(2))
+    shared.Gather(theirs, [torch.empty(2), torch.empty(2)], torch.ones(2))
+    theirs.close()  # with our signal unread
+    assert work.is_completed()
+    assert work.wait()
+    assert chunks[1].tolist() == [1, 1]
+    with pytest.raises(CommunicationError, match="rank 1 of the group ended"):
+        shared.Gather(ours, chunks, torch.zeros(2))
+
+
 def test_a_peer_that_never_comes_is_named_after_the_timeout(linked_pair):
     ours, _theirs = linked_pair
     work = shared.SumWhole(ours, torch.ones(3), dist.ReduceOp.SUM)
