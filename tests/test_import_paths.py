@@ -8,6 +8,8 @@ import pytest
 
 import deepspeed
 from deepspeed import runtime, utils
+from deepspeed.runtime.later import LATER
+from deepspeed.utils import zero_to_fp32
 
 OLD_PATHS = [(path, name) for path, names in runtime.TABLE.items() for name in names]
 
@@ -23,6 +25,60 @@ def test_an_old_path_leads_to_its_object(path, name):
 @pytest.mark.parametrize("name", utils.__all__)
 def test_a_documented_utility_is_there(name):
     assert getattr(utils, name) is not None
+
+
+WAITING = [
+    *((f"deepspeed.runtime.{path}", name) for path, (_, names) in LATER.items() for name in names),
+    *(("deepspeed.utils", name) for name in utils.LATER),
+    *(("deepspeed.utils.zero_to_fp32", name) for name in zero_to_fp32.LATER),
+]
+
+
+@pytest.mark.parametrize(("path", "name"), WAITING, ids=lambda part: part)
+def test_a_name_of_a_later_feature_says_which(path, name):
+    with pytest.raises(ImportError, match=rf"{path}\.{name}: .* not built yet"):
+        exec(f"from {path} import {name}", {})
+
+
+def test_a_name_is_there_now_or_later_but_not_both():
+    for path, (_, names) in LATER.items():
+        assert not {*names} & {*runtime.TABLE.get(path, {})}
+    assert not {*utils.LATER} & {*utils.WHERE}
+
+
+TRAINERS = [
+    ("deepspeed.runtime.lr_schedules", "VALID_LR_SCHEDULES"),
+    ("deepspeed.runtime.base_optimizer", "DeepSpeedOptimizer"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine"),
+    ("deepspeed.runtime.utils", "see_memory_usage"),
+    ("deepspeed.utils", "groups"),
+    ("deepspeed.utils", "logger"),
+    ("deepspeed.utils", "is_initialized"),
+    ("deepspeed.utils", "safe_get_full_grad"),
+    ("deepspeed.utils.logging", "logger"),
+    ("deepspeed.comm", "get_rank"),
+    ("deepspeed.accelerator", "get_accelerator"),
+    ("deepspeed.launcher.runner", "DEEPSPEED_ENVIRONMENT_NAME"),
+    ("deepspeed.git_version_info", "version"),
+    ("deepspeed.ops.adam", "DeepSpeedCPUAdam"),
+    ("deepspeed.ops.adam", "FusedAdam"),
+    ("deepspeed.ops.adagrad", "DeepSpeedCPUAdagrad"),
+    ("deepspeed.ops.lion", "DeepSpeedCPULion"),
+    ("deepspeed.ops.lion", "FusedLion"),
+    ("deepspeed.ops.lamb", "FusedLamb"),
+    ("deepspeed.monitor.monitor", "MonitorMaster"),
+]
+"""What transformers, Accelerate, PEFT, TRL and Lightning import for features of this release."""
+
+
+@pytest.mark.parametrize(("path", "name"), TRAINERS, ids=lambda part: part)
+def test_what_trainers_import_is_there(path, name):
+    assert getattr(importlib.import_module(path), name) is not None
+
+
+def test_trainers_reach_old_modules_from_the_top_without_importing_them():
+    script = "import deepspeed; assert 'WarmupLR' in deepspeed.runtime.lr_schedules.VALID_LR_SCHEDULES"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
 
 
 def test_old_modules_are_reached_by_attribute_and_by_every_form_of_import():

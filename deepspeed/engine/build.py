@@ -253,6 +253,7 @@ def _make_loader(
     data_parallel: RankGroup,
     collate_fn: Callable[..., Any] | None,
     device: torch.device,
+    pin_memory: bool = True,
     **options: Any,
 ) -> DeepSpeedDataLoader:
     if batch_size is None:
@@ -267,5 +268,6 @@ def _make_loader(
         drop_last=settings.dataloader_drop_last,
         rank=data_parallel.rank,
         world_size=data_parallel.size,
-        **{"pin_memory": device.type != "cpu", **options},
+        pin_memory=pin_memory and device.type != "cpu",
+        **options,
     )

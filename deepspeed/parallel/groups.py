@@ -1,6 +1,6 @@
 """The groups of a run: those of the user's model-parallel unit, or all ranks as data parallel.
 
-Without a model-parallel unit every axis but the data-parallel one is this rank alone.
+Without a model-parallel unit, or where it does not know an axis, that axis is this rank alone.
 """
 
 from __future__ import annotations
@@ -19,45 +19,69 @@ class Axes:
     def data_parallel_group(self) -> dist.ProcessGroup | None:
         """Return the ranks with the same weights; None before torch.distributed runs."""
         if self.mpu is not None:
-            return cast("dist.ProcessGroup | None", self.mpu.get_data_parallel_group())
+            return self._group_of("data_parallel")
         return dist.group.WORLD if dist.is_initialized() else None
 
     def data_parallel_world_size(self) -> int:
         """Return their number."""
-        return dist.get_world_size(self.data_parallel_group()) if dist.is_initialized() else 1
+        return _size(self.data_parallel_group())
 
     def data_parallel_rank(self) -> int:
         """Return this rank's place among them."""
-        return dist.get_rank(self.data_parallel_group()) if dist.is_initialized() else 0
+        return _rank(self.data_parallel_group())
 
     def model_parallel_group(self) -> dist.ProcessGroup | None:
         """Return the ranks that share one copy of the model; None where it is this rank alone."""
-        if self.mpu is None:
-            return None
-        return cast("dist.ProcessGroup | None", self.mpu.get_model_parallel_group())
+        return self._group_of("model_parallel", "tensor_model_parallel")
 
     def model_parallel_world_size(self) -> int:
         """Return their number."""
-        return 1 if self.mpu is None else dist.get_world_size(self.model_parallel_group())
+        return _size(self.model_parallel_group())
 
     def model_parallel_rank(self) -> int:
         """Return this rank's place among them."""
-        return 0 if self.mpu is None else dist.get_rank(self.model_parallel_group())
+        return _rank(self.model_parallel_group())
+
+    def tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
+        """Return the ranks that share each layer; None where it is this rank alone."""
+        return self._group_of("tensor_model_parallel", "model_parallel")
+
+    def tensor_model_parallel_world_size(self) -> int:
+        """Return their number."""
+        return _size(self.tensor_model_parallel_group())
+
+    def tensor_model_parallel_rank(self) -> int:
+        """Return this rank's place among them."""
+        return _rank(self.tensor_model_parallel_group())
+
+    def sequence_parallel_group(self) -> dist.ProcessGroup | None:
+        """Return the ranks that share a sequence; None where it is this rank alone."""
+        return self._group_of("sequence_parallel")
+
+    def sequence_parallel_world_size(self) -> int:
+        """Return their number."""
+        return _size(self.sequence_parallel_group())
+
+    def sequence_parallel_rank(self) -> int:
+        """Return this rank's place among them."""
+        return _rank(self.sequence_parallel_group())
+
+    def _group_of(self, *names: str) -> dist.ProcessGroup | None:
+        """Ask the unit for the first of these axes that it knows."""
+        for name in names:
+            ask = getattr(self.mpu, f"get_{name}_group", None)
+            if ask is not None:
+                return cast("dist.ProcessGroup | None", ask())
+        return None
 
 
 axes = Axes()
 """Of the last engine made: the default mesh."""
 
 
-def alone_group() -> None:
-    """Return None: an axis of size 1 has no group."""
+def _size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
 
 
-def alone_size() -> int:
-    """Return the size of an axis that is not used."""
-    return 1
-
-
-def alone_rank() -> int:
-    """Return this rank's place on an axis that is not used."""
-    return 0
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)

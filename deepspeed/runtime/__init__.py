@@ -3,17 +3,17 @@
     from deepspeed.runtime.lr_schedules import WarmupLR      is      from deepspeed.schedules import WarmupLR
 
 Every module of the table exists as soon as ``deepspeed.runtime`` is imported, and imports a name when it is
-first used.
+first used. Names whose feature does not exist yet stand in later.py; using one says so.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from deepspeed.common.lazy import lazy_names
+from deepspeed.runtime.later import LATER
 
 # old module -> old name -> "module that has it" or "module:its name there"
 TABLE: dict[str, dict[str, str]] = {
@@ -61,17 +61,20 @@ TABLE: dict[str, dict[str, str]] = {
 }
 
 
-def _register(table: Mapping[str, Mapping[str, str]]) -> None:
-    """Put a module for each path of the table where ``import`` looks first, and into its parent."""
-    for path, names in table.items():
-        name = f"{__name__}.{path}"
+def _register() -> None:
+    """Put a module for each path of the tables where ``import`` looks first, and into its parent."""
+    for path in sorted({*TABLE, *LATER}):
+        name, names = f"{__name__}.{path}", TABLE.get(path, {})
+        feature, waiting = LATER.get(path, ("", ()))
         module = ModuleType(name, f"The names of ``{name}``, from where they live now.")
         module.__spec__ = ModuleSpec(name, None, is_package=True)
         module.__path__ = []
-        module.__dict__.update(__all__=sorted(names), __getattr__=lazy_names(name, names))
+        module.__dict__.update(
+            __all__=sorted(names), __getattr__=lazy_names(name, names, dict.fromkeys(waiting, feature))
+        )
         sys.modules[name] = module
         parent, _, child = name.rpartition(".")
         setattr(sys.modules[parent], child, module)
 
 
-_register(TABLE)
+_register()

@@ -28,6 +28,14 @@ WHERE = {
     "ThroughputTimer": "deepspeed.common.timers",
 }
 
-__getattr__ = lazy_names(__name__, WHERE)
+LATER = {
+    "get_z3_leaf_modules": "sharding of parameters (stage 3)",
+    "set_z3_leaf_module": "sharding of parameters (stage 3)",
+    "set_z3_leaf_modules": "sharding of parameters (stage 3)",
+    "unset_z3_leaf_modules": "sharding of parameters (stage 3)",
+    "z3_leaf_module": "sharding of parameters (stage 3)",
+}
+
+__getattr__ = lazy_names(__name__, WHERE, LATER)
 
 __all__ = ["groups", "logging", "timer", *WHERE]

@@ -135,6 +135,40 @@ def test_the_log_of_collectives_counts_an_engines_traffic():
 
 
 @on_ranks(2)
+def test_verbose_shows_each_collective_and_the_summary_has_a_row_for_each():
+    import contextlib
+    import io
+
+    comms_logger.reset()
+    lines, shown = [], io.StringIO()
+    handler = SimpleNamespace(level=0, handle=lambda record: lines.append(record.getMessage()))
+    logger.addHandler(handler)
+    try:
+        section = {"enabled": True, "verbose": True, "debug": True}
+        train(steps=2, comms_logger=section, zero_optimization={"stage": 1})
+    finally:
+        comm.configure(enabled=False, verbose=False, debug=False)
+        logger.removeHandler(handler)
+    with contextlib.redirect_stdout(shown):
+        comm.log_summary()
+    calls = [line for line in lines if line.startswith("comm reduce_scatter_single |")]
+    assert len(calls) == 2
+    assert " | from " in calls[0]
+    if dist.get_rank() == 0:
+        rows = [line.split()[0] for line in shown.getvalue().splitlines()]
+        assert rows[0] == "operation"
+        assert {"all_gather_single", "reduce_scatter_single"} <= {*rows}
+    comms_logger.reset()
+
+
+@on_ranks(1)
+def test_a_loader_takes_the_originals_arguments_by_place():
+    engine = train(steps=0)
+    loader = engine.deepspeed_io(list(range(4)), 2, "predict", pin_memory=True)
+    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3]]
+
+
+@on_ranks(2)
 def test_the_engine_makes_loaders_for_its_ranks():
     engine = train(steps=0)
     dataset = list(range(10))
@@ -176,3 +210,16 @@ def test_groups_are_those_of_the_model_parallel_unit():
     deepspeed.initialize(model=nn.Linear(1, 1), config=config)
     assert groups._get_data_parallel_world_size() == 4
     assert groups._get_model_parallel_group() is None
+
+
+@on_ranks(2)
+def test_an_axis_that_the_unit_does_not_know_is_this_rank_alone():
+    unit = SimpleNamespace(get_data_parallel_group=lambda: dist.group.WORLD)
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.5}}}
+    deepspeed.initialize(model=nn.Linear(1, 1), config=config, mpu=unit)
+    assert groups.get_data_parallel_world_size() == 2
+    assert groups.get_model_parallel_world_size() == groups._get_sequence_parallel_world_size() == 1
+    assert groups._get_tensor_model_parallel_rank() == 0
+    unit.get_sequence_parallel_group = lambda: dist.group.WORLD
+    assert groups._get_sequence_parallel_world_size() == 2
+    deepspeed.initialize(model=nn.Linear(1, 1), config=config)

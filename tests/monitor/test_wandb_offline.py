@@ -7,10 +7,20 @@ import sys
 import pytest
 
 SCRIPT = """
-from deepspeed.monitor import WandbMonitor
-monitor = WandbMonitor(project="p", group="g")
-monitor.write([("loss", 1.5, 1), ("lr", 0.1, 1), ("loss", 1.25, 2)])
-monitor.close()
+import torch
+import deepspeed
+engine, *_ = deepspeed.initialize(
+    model=torch.nn.Linear(1, 1),
+    config={
+        "train_batch_size": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.125}},
+        "wandb": {"enabled": True, "project": "p", "group": "g"},
+    },
+)
+for _ in range(2):
+    engine.backward(engine(torch.ones(1, 1)).mean())
+    engine.step()
+engine.destroy()
 """
 
 
@@ -21,5 +31,6 @@ def test_an_offline_run_is_on_disk(tmp_path):
     logs = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(logs) == 1
     written = logs[0].read_bytes()
-    for text in (b"loss", b"1.5", b"1.25", b"lr", b"0.1"):
-        assert text in written
+    for name in ("train_loss", "lr", "loss_scale", "grad_norm", "samples_per_sec", "memory_gib"):
+        assert f"Train/Samples/{name}".encode() in written
+    assert b"0.125" in written

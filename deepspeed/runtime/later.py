@@ -1,0 +1,67 @@
+"""Old import paths whose feature does not exist yet, so that using one says which feature is missing."""
+
+from __future__ import annotations
+
+STAGE_3 = "sharding of parameters (stage 3)"
+OFFLOAD = "moving states to the host"
+PIPELINE = "pipeline parallelism"
+SEQUENCE = "sequence parallelism"
+CHECKPOINTING = "activation checkpointing"
+
+# old module -> (the feature it belongs to, names that scripts import from it)
+LATER: dict[str, tuple[str, tuple[str, ...]]] = {
+    "activation_checkpointing": (CHECKPOINTING, ()),
+    "activation_checkpointing.checkpointing": (
+        CHECKPOINTING,
+        (
+            "checkpoint",
+            "configure",
+            "get_cuda_rng_tracker",
+            "is_configured",
+            "model_parallel_cuda_manual_seed",
+            "reset",
+        ),
+    ),
+    "checkpoint_engine": ("saving and resuming of training state", ()),
+    "checkpoint_engine.torch_checkpoint_engine": (
+        "saving and resuming of training state",
+        ("TorchCheckpointEngine",),
+    ),
+    "data_pipeline": ("data efficiency", ()),
+    "data_pipeline.curriculum_scheduler": ("the curriculum", ("CurriculumScheduler",)),
+    "data_pipeline.data_routing": ("random token dropping", ()),
+    "data_pipeline.data_routing.helper": (
+        "random token dropping",
+        ("convert_to_random_ltd", "save_without_random_ltd"),
+    ),
+    "data_pipeline.data_sampling": ("curriculum sampling", ()),
+    "data_pipeline.data_sampling.data_analyzer": ("curriculum sampling", ("DataAnalyzer",)),
+    "data_pipeline.data_sampling.indexed_dataset": ("curriculum sampling", ("MMapIndexedDataset",)),
+    "hybrid_engine": ("the hybrid engine", ("DeepSpeedHybridEngine",)),
+    "pipe": (PIPELINE, ("LayerSpec", "PipelineEngine", "PipelineModule", "TiedLayerSpec")),
+    "pipe.engine": (PIPELINE, ("PipelineEngine",)),
+    "pipe.module": (PIPELINE, ("LayerSpec", "PipelineModule", "TiedLayerSpec")),
+    "pipe.schedule": (PIPELINE, ("ForwardPass", "InferenceSchedule", "PipeSchedule", "TrainSchedule")),
+    "sequence_parallel": (SEQUENCE, ()),
+    "sequence_parallel.ulysses_sp": (
+        SEQUENCE,
+        ("TiledMLP", "UlyssesSPAttentionHF", "UlyssesSPDataLoaderAdapter"),
+    ),
+    "zero": (STAGE_3, ("GatheredParameters", "Init", "TiledLinear", "register_external_parameter")),
+    "zero.offload_config": (OFFLOAD, ("OffloadDeviceEnum", "OffloadStateTypeEnum")),
+    "zero.parameter_offload": (STAGE_3, ("DeepSpeedZeRoOffload",)),
+    "zero.partition_parameters": (
+        STAGE_3,
+        (
+            "GatheredParameters",
+            "Init",
+            "ZeroParamStatus",
+            "_orig_torch_arange",
+            "register_external_parameter",
+            "zero_wrapper_for_fp_tensor_constructor",
+        ),
+    ),
+    "zero.stage3": (STAGE_3, ("DeepSpeedZeroOptimizer_Stage3",)),
+    "zero.tiling": (STAGE_3, ("TiledLinear", "TiledLinearReturnBias")),
+    "zero.utils": (STAGE_3, ("is_zero_param",)),
+}
