@@ -24,6 +24,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 MEGABYTE = 2**20
 
+OLD_NAMES = {"all_gather_into_tensor": "all_gather_single", "reduce_scatter_tensor": "reduce_scatter_single"}
+"""What `prof_ops` may call operations that torch renamed."""
+
 
 def bus_factor(op: str, world: int) -> float:
     """Return how many of an operation's bytes each link carries, as a share of the message size."""
@@ -87,7 +90,7 @@ class CommsLogger:
         if prof_all is not None:
             self.prof_all = prof_all
         if prof_ops is not None:
-            self.prof_ops = tuple(prof_ops)
+            self.prof_ops = tuple(OLD_NAMES.get(name, name) for name in prof_ops)
         if verbose is not None:
             self.verbose = verbose
         if debug is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from deepspeed.common.logging import current_rank
 from deepspeed.config.report import render_config
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def show_state(engine: DeepSpeedEngine) -> None:
     """Print number formats and effective settings, on the first rank."""
     from rich.console import Console
 
-    if engine.data_parallel.rank == 0:
+    if current_rank() == 0:
         console = Console()
         console.print(dtype_table(engine))
         console.print(render_config(engine.settings))

@@ -47,6 +47,14 @@ def test_only_the_named_operations_are_counted():
     assert list(comms_logger.tallies) == [("all_gather_single", 32)]
 
 
+def test_operations_may_be_named_as_torch_named_them_before():
+    log = CommsLogger()
+    log.configure(prof_all=False, prof_ops=["reduce_scatter_tensor", "all_gather_into_tensor"])
+    assert log.watches("reduce_scatter_single")
+    assert log.watches("all_gather_single")
+    assert not log.watches("all_reduce")
+
+
 @on_ranks(2)
 def test_stragglers_are_found_with_all_ranks():
     begin()

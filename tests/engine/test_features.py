@@ -115,6 +115,18 @@ def test_progress_and_times_are_lines_of_the_log():
 
 
 @on_ranks(1)
+def test_a_loss_that_the_engine_never_saw_is_not_reported():
+    folder = Path(tempfile.mkdtemp())
+    section = {"enabled": True, "output_path": str(folder), "job_name": "job"}
+    engine = train(steps=0, csv_monitor=section)
+    engine(torch.ones(1, 1)).mean().backward()
+    engine.step()
+    engine.destroy()
+    found = {path.stem.removeprefix("Train_Samples_") for path in (folder / "job").iterdir()}
+    assert found == NAMES - {"train_loss"}
+
+
+@on_ranks(1)
 def test_losses_between_progress_lines_take_no_memory():
     engine = train(steps=50, steps_per_print=1000)
     metrics = engine._features[0]

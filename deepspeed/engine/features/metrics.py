@@ -22,14 +22,15 @@ class Measured:
     """One optimizer step.
 
     Attributes:
-        loss: mean over ranks and over micro-batches since the previous measurement; nan where none was seen.
+        loss: mean over ranks and over micro-batches since the previous measurement; None where
+            ``engine.backward`` saw none.
         lr: of the first param group.
         grad_norm: before clipping; None where the step had no gradients.
         samples_per_s: over all ranks, since the previous measurement.
         memory_gib: in use on this rank (device memory, or resident memory on a host).
     """
 
-    loss: float
+    loss: float | None
     lr: float
     loss_scale: float
     grad_norm: float | None
@@ -62,7 +63,7 @@ class StepMetrics(Feature):
             now = time.perf_counter()
             samples = engine.global_samples - self._samples_before
             self._measured = Measured(
-                loss=self._mean_loss(engine),
+                loss=self._mean_loss(),
                 lr=engine.get_lr()[0],
                 loss_scale=engine.cur_scale,
                 grad_norm=engine.get_global_grad_norm(),
@@ -73,9 +74,9 @@ class StepMetrics(Feature):
             self._loss_sum, self._losses = None, 0
         return self._measured
 
-    def _mean_loss(self, engine: DeepSpeedEngine) -> float:
+    def _mean_loss(self) -> float | None:
         if self._loss_sum is None:
-            return float("nan")
+            return None
         mean = self._loss_sum / self._losses
         if self._data_parallel.size > 1:
             comm.all_reduce(mean, group=self._data_parallel.process_group)

@@ -23,8 +23,9 @@ class Progress(Feature):
         if engine.global_steps % self._every:
             return
         measured = self._metrics.measure(engine)
+        loss = "-" if measured.loss is None else f"{measured.loss:.5g}"
         norm = "-" if measured.grad_norm is None else f"{measured.grad_norm:.4g}"
         announce(
-            f"step {engine.global_steps}: loss {measured.loss:.5g}, lr {measured.lr:.4g}, grad norm {norm}, "
+            f"step {engine.global_steps}: loss {loss}, lr {measured.lr:.4g}, grad norm {norm}, "
             f"{measured.samples_per_s:.1f} samples/s, skipped {engine.skipped_steps}"
         )
