@@ -97,6 +97,64 @@ def test_raw_of_a_file_is_its_tree(write):
 
 
 TODAY = {"simple_fp16.json": 0, "zero2.json": 2}
+TRAINERS = {
+    "lightning": {
+        "train_micro_batch_size_per_gpu": 1,
+        "activation_checkpointing": {
+            "partition_activations": False,
+            "cpu_checkpointing": False,
+            "contiguous_memory_optimization": False,
+            "synchronize_checkpoint_boundary": False,
+        },
+        "aio": {
+            "block_size": 1048576,
+            "queue_depth": 8,
+            "single_submit": False,
+            "overlap_events": True,
+            "thread_count": 1,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": 2,
+            "contiguous_gradients": True,
+            "overlap_comm": True,
+            "allgather_partitions": True,
+            "reduce_scatter": True,
+            "allgather_bucket_size": 200_000_000,
+            "reduce_bucket_size": 200_000_000,
+            "sub_group_size": 1_000_000_000_000,
+        },
+    },
+    "accelerate": {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "steps_per_print": float("inf"),
+        "zero_force_ds_cpu_optimizer": False,
+        "fp16": {"enabled": True, "auto_cast": True},
+        "bf16": {"enabled": False},
+        "checkpoint": {"use_node_local_storage": False},
+        "zero_optimization": {
+            "stage": 2,
+            "offload_optimizer": {"device": "none", "nvme_path": None},
+            "offload_param": {"device": "none", "nvme_path": None},
+            "stage3_gather_16bit_weights_on_model_save": False,
+            "round_robin_gradients": False,
+            "load_from_fp32_weights": True,
+            "stage3_max_live_parameters": "auto",
+        },
+    },
+}
+"""What trainers write into every configuration."""
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_what_trainers_always_write_gives_no_warning(name, log):
+    load_config(TRAINERS[name])
+    assert log == []
+
+
 LATER = ("zero3_offload.json", "zero3_offload_auto.json")
 
 
