@@ -48,6 +48,8 @@ class Schedule:
     def __init__(self, optimizer: HasGroups, last_batch_iteration: int = -1) -> None:
         if not isinstance(getattr(optimizer, "param_groups", None), list):
             raise TypeError(f"optimizer: expected one with param_groups, got {type(optimizer).__name__}")
+        for group in optimizer.param_groups:  # a number: a rate that is a tensor is overwritten in place
+            group.setdefault("initial_lr", float(group["lr"]))
         self.optimizer = optimizer
         self.last_batch_iteration = last_batch_iteration
         self._last_lr: list[float] | None = None
@@ -112,8 +114,8 @@ class Schedule:
         self._last_lr = self._apply()
 
     def _own_rates(self) -> list[float]:
-        """Return each group's own rate, as torch does: the one it had before any schedule changed it."""
-        return [float(group.setdefault("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
+        """Return each group's own rate: the one it had before any schedule changed it, torch's too."""
+        return [float(group["initial_lr"]) for group in self.optimizer.param_groups]
 
     def _per_group(self, name: str, value: PerGroup) -> list[float]:
         groups = len(self.optimizer.param_groups)
@@ -399,12 +401,12 @@ VALID_LR_SCHEDULES = list(_SCHEDULES)
 
 
 def _torch_schedules() -> dict[str, Any]:
-    """The schedules of torch by name, without their base class."""
+    """The schedules of torch by name, without their base classes."""
     base = torch_schedules.LRScheduler
     return {
         name: cls
         for name, cls in vars(torch_schedules).items()
-        if isinstance(cls, type) and issubclass(cls, base) and not issubclass(base, cls) and name[0].isupper()
+        if isinstance(cls, type) and issubclass(cls, base) and cls is not base and not name.startswith("_")
     }
 
 

@@ -309,6 +309,40 @@ def test_a_schedule_over_an_optimizer_that_was_warming_up_keeps_the_groups_own_r
     assert again.get_last_lr() == first.get_last_lr()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda opt: LRRangeTest(opt, 0.01, 3),
+        lambda opt: OneCycle(opt, 0.01, 0.2, cycle_first_step_size=5),
+        lambda opt: WarmupLR(opt, warmup_num_steps=6),
+        lambda opt: WarmupDecayLR(opt, 20, warmup_num_steps=6),
+        lambda opt: WarmupCosineLR(opt, 20, warmup_num_steps=6),
+    ],
+)
+def test_every_schedule_leaves_a_note_of_the_groups_own_rates(make):
+    schedule = make(optimizer())
+    for _ in range(3):
+        schedule.step()
+    assert [group["initial_lr"] for group in schedule.optimizer.param_groups] == list(BASE)
+
+
+def test_a_rate_that_is_a_tensor_is_noted_as_it_was():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    given = torch.optim.Adam([weight], lr=torch.tensor(0.5), capturable=True)
+    WarmupLR(given, warmup_num_steps=10)
+    assert given.param_groups[0]["lr"] == 0
+    assert WarmupLR(given, warmup_num_steps=10).rates(10) == [0.5]
+
+
+def test_a_schedule_over_restored_groups_keeps_the_groups_own_rates():
+    first = WarmupLR(optimizer(), warmup_num_steps=10)
+    for _ in range(4):
+        first.step()
+    restored = optimizer()
+    restored.load_state_dict(first.optimizer.state_dict())
+    assert WarmupLR(restored, warmup_num_steps=10).rates(10) == list(BASE)
+
+
 @pytest.mark.parametrize("name", ["LRScheduler", "_LRScheduler", "Optimizer", "Schedule"])
 def test_base_classes_are_no_schedules(name):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)

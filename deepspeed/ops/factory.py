@@ -57,7 +57,7 @@ def _adam(params: dict[str, Any], groups: Groups) -> torch.optim.Optimizer:
     wide = _flag(params, "fp32_optimizer_states", default=True)
     made = _make(FusedAdam, params, groups)
     if isinstance(made, FusedAdam) and not wide:
-        made.state_dtype = groups[0]["params"][0].dtype
+        made.narrow_states()
     return made
 
 
@@ -91,7 +91,7 @@ def _make(
     try:
         return cls(groups, **arguments)
     except ConfigError as error:
-        raise type(error)(f"{WHERE}: {error}") from error
+        raise type(error)(f"{WHERE}.{error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{WHERE}: {getattr(cls, '__name__', cls)} refused them: {error}") from error
 

@@ -1,8 +1,8 @@
-"""What optimizers that update leaf by leaf share."""
+"""What the optimizers here share: stepping, their state and its dtype, checks of their arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,13 @@ from deepspeed.errors import ConfigError, UsageError
 
 
 class LeafOptimizer(torch.optim.Optimizer):
-    """An optimizer whose whole work is `update_leaf`; ``step`` applies it to parameters with a gradient."""
+    """An optimizer whose whole work is `update_leaf`; ``step`` applies it to parameters with a gradient.
+
+    Attributes:
+        state_dtype: dtype of the state; None: fp32 (fp64 for fp64 parameters).
+    """
+
+    state_dtype: torch.dtype | None = None
 
     def update_leaf(
         self,
@@ -29,10 +35,10 @@ class LeafOptimizer(torch.optim.Optimizer):
         Args:
             leaf: weights, updated in place.
             group: the param group whose hyper-parameters count.
-            grad: gradient in the leaf's shape, any floating dtype.
-            out: low-precision copy of the weights to refresh.
+            grad: gradient in the leaf's shape, any floating dtype; only read.
+            out: low-precision copy of the weights to refresh, contiguous.
             scale: 0-dim factor on the gradient.
-            found_inf: 0-dim; nonzero leaves everything as it is.
+            found_inf: 0-dim; nonzero leaves everything as it is, the step count too.
         """
         raise NotImplementedError
 
@@ -48,57 +54,52 @@ class LeafOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if param.grad.is_sparse:
-                    name = type(self).__name__
-                    raise UsageError(f"{name}: expected dense gradients, got a sparse one; use SparseAdam")
-                self.update_leaf(param, group, param.grad)
+            params = [param for param in group["params"] if param.grad is not None]
+            if any(param.grad.is_sparse for param in params):
+                name = type(self).__name__
+                raise UsageError(f"{name}: expected dense gradients, got a sparse one; use SparseAdam")
+            self._update_group(params, group)
         return loss
+
+    def _update_group(self, params: list[Any], group: dict[str, Any]) -> None:
+        """Update parameters of a group, all of which have a gradient."""
+        for param in params:
+            self.update_leaf(param, group, param.grad)
+
+    def narrow_states(self) -> None:
+        """Keep new state in the parameters' dtype (that of the first)."""
+        self.state_dtype = next(param.dtype for group in self.param_groups for param in group["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; the state keeps the dtype this optimizer keeps it in."""
         super().load_state_dict(state_dict)
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [(param, group) for group in self.param_groups for param in group["params"]]
-        for index, (param, group) in zip(indices, params, strict=True):
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(saved, params, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
-                if name != "step":  # torch has cast it to the dtype of the parameter
-                    dtype = _dtype_of_state(param, group)
-                    self.state[param][name] = value.to(device=param.device, dtype=dtype, copy=True)
+                # torch casts to the dtype of the parameter, and leaves the step count where it was saved
+                self.state[param][name] = torch.as_tensor(value).to(
+                    device=param.device,
+                    dtype=torch.float32 if name == "step" else self._dtype_of_state(param),
+                    copy=True,
+                    memory_format=torch.contiguous_format,
+                )
 
-    def _state_of(self, leaf: Tensor, group: dict[str, Any], *names: str) -> dict[str, Any]:
-        """Return the state of `leaf`; a new one has its step count and `names`, all zero."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "state_dtype": self.state_dtype}
+
+    def _state_of(self, leaf: Tensor, **starts: float) -> dict[str, Any]:
+        """Return the state of `leaf`; a new one has its step count, and contiguous tensors filled with `starts`."""
         state: dict[str, Any] = self.state[leaf]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=leaf.device)
-            for name in names:
-                state[name] = torch.zeros_like(leaf, dtype=_dtype_of_state(leaf, group))
+            dtype, layout = self._dtype_of_state(leaf), torch.contiguous_format
+            for name, start in starts.items():
+                state[name] = torch.full_like(leaf, start, dtype=dtype, memory_format=layout)
         return state
 
-
-def _dtype_of_state(leaf: Tensor, group: dict[str, Any]) -> torch.dtype:
-    """At least fp32, unless the group asks for the dtype of its parameters."""
-    return wide_dtype(leaf) if group.get("fp32_optimizer_states", True) else leaf.dtype
-
-
-PIECE = 2**17
-"""Elements that element-wise optimizers update at a time on a host: their temporaries stay small and near."""
-
-
-def pieces(*tensors: Tensor | None) -> Iterator[list[Any]]:
-    """Cut tensors of one shape alike, so that an element-wise update needs little room of its own.
-
-    Tensors on a device, and those that cannot be viewed as flat, come whole; None stays None.
-    """
-    given = [tensor for tensor in tensors if tensor is not None]
-    if given[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in given):
-        yield list(tensors)
-        return
-    flats = [None if tensor is None else tensor.view(-1) for tensor in tensors]
-    for start in range(0, given[0].numel(), PIECE):
-        yield [None if flat is None else flat[start : start + PIECE] for flat in flats]
+    def _dtype_of_state(self, leaf: Tensor) -> torch.dtype:
+        return self.state_dtype or wide_dtype(leaf)
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -128,12 +129,14 @@ def count_step(state: dict[str, Any], found_inf: Tensor | None) -> Tensor:
     return step
 
 
-def check_numbers(name: str, *, betas: Sequence[float] = (), **numbers: float) -> None:
-    """Raise ConfigError unless every number is at least 0 and every beta in [0, 1)."""
-    if all(value >= 0 for value in numbers.values()) and all(0 <= beta < 1 for beta in betas):
-        return
-    shown = {**numbers, "betas": tuple(betas)} if betas else numbers
-    raise ConfigError(
-        f"{name}: expected {', '.join(numbers)} >= 0{' and betas in [0, 1)' if betas else ''}, got "
-        + ", ".join(f"{key}={value}" for key, value in shown.items())
-    )
+def check_numbers(**numbers: float) -> None:
+    """Raise ConfigError unless every number is at least 0."""
+    for name, value in numbers.items():
+        if not value >= 0:
+            raise ConfigError(f"{name}: expected a number of at least 0, got {value}")
+
+
+def check_betas(betas: Sequence[float]) -> None:
+    """Raise ConfigError unless these are two decay rates."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"betas: expected two numbers in [0, 1), got {betas}")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deepspeed.errors import ConfigError, UsageError
+from deepspeed.errors import UsageError
+from deepspeed.ops import pieces as cutting
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.adam import kernel as adam_kernel
 
@@ -43,7 +44,7 @@ def train(optimizer, params, steps=STEPS):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_steps_equal_torch(decoupled, chunk, weight_decay, dtype, monkeypatch):
     monkeypatch.setattr("deepspeed.ops.adam.optimizer.CHUNK", chunk)
-    monkeypatch.setattr(adam_kernel, "_piece", lambda device: chunk)
+    monkeypatch.setattr(cutting, "CHUNK", chunk)
     ours, theirs = params_of(dtype), params_of(dtype)
     options = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
     optimizer = FusedAdam(ours, adam_w_mode=decoupled, **options)
@@ -75,7 +76,7 @@ PATHS = ["fused kernel", "plain pass"]
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32])
 def test_a_leaf_update_scales_writes_the_copy_and_skips(path, decoupled, grad_dtype, monkeypatch):
-    monkeypatch.setattr(adam_kernel, "_piece", lambda device: 77)
+    monkeypatch.setattr(cutting, "CHUNK", 77)
     if path == "plain pass":
         monkeypatch.setattr(adam_kernel, "kernel_serves", lambda weights: False)
     torch.manual_seed(0)
@@ -128,27 +129,14 @@ def test_the_host_optimizers_switch_narrows_moments_to_the_dtype_of_the_weights(
     assert optimizer.state[weight]["exp_avg"].dtype == torch.bfloat16
 
 
-def test_low_precision_weights_keep_fp32_moments_through_saving():
-    def make():
-        weight = torch.nn.Parameter(torch.linspace(-1, 1, 8).bfloat16())
-        return weight, FusedAdam([weight], lr=0.1)
-
-    weight, optimizer = make()
-    train(optimizer, [weight])
-    other, loaded = make()
-    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for key in ("exp_avg", "exp_avg_sq", "step"):
-        assert torch.equal(loaded.state[other][key], optimizer.state[weight][key])
-        assert loaded.state[other][key].dtype == torch.float32
-    assert loaded.state[other]["exp_avg"] is not optimizer.state[weight]["exp_avg"]
-
-
 def test_a_copied_optimizer_is_whole():
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = copy.deepcopy(FusedAdam([weight], lr=0.1, adam_w_mode=False))
+    given = FusedAdam([weight], lr=0.1, adam_w_mode=False, state_dtype=torch.float64)
+    optimizer = copy.deepcopy(given)
     params = optimizer.param_groups[0]["params"]
     train(optimizer, params)
     assert not optimizer.adam_w_mode
+    assert optimizer.state[params[0]]["exp_avg"].dtype == torch.float64
     assert not torch.equal(params[0], weight)
 
 
@@ -163,12 +151,6 @@ def test_a_closure_is_run_with_gradients():
 
     assert optimizer.step(closure) == 3
     torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
-
-
-@pytest.mark.parametrize("bad", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"amsgrad": True}, {"eps": -1e-8}])
-def test_bad_numbers_are_refused(bad):
-    with pytest.raises(ConfigError, match=next(iter(bad))):
-        FusedAdam([torch.nn.Parameter(torch.ones(1))], **bad)
 
 
 def test_sparse_gradients_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -29,9 +30,9 @@ def update_all(compile, lengths):
     for number, found_inf in enumerate((0.0, 1.0, 0.0)):
         group["lr"] = 0.1 / (number + 1)
         parts = zip(leaves, grad.split(lengths), out.split(lengths), strict=True)
-        for leaf, part, copy in parts:
+        for leaf, part, low in parts:
             flags = {"scale": torch.tensor(0.5), "found_inf": torch.tensor(found_inf)}
-            optimizer.update_leaf(leaf, group, part, out=copy, **flags)
+            optimizer.update_leaf(leaf, group, part, out=low, **flags)
     return flat, out, [optimizer.state[leaf]["exp_avg_sq"] for leaf in leaves]
 
 
@@ -68,6 +69,15 @@ def test_a_compiler_that_fails_is_reported_once_and_replaced(monkeypatch):
 def test_small_optimizers_are_not_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", None)
     update_all(None, [300, 20])
+
+
+def test_an_optimizer_that_must_not_compile_does_not_after_loading_or_copying_either(monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    monkeypatch.setattr(compiled_module, "WORTHWHILE", 1)
+    optimizer = copy.deepcopy(FusedAdam([torch.ones(300)], compile=False))
+    optimizer.load_state_dict(optimizer.state_dict())
+    (leaf,) = optimizer.param_groups[0]["params"]
+    optimizer.update_leaf(leaf, optimizer.param_groups[0], torch.ones(300))
 
 
 def test_the_report_says_which_path_and_why(monkeypatch, tmp_path):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from deepspeed.errors import ConfigError
-from deepspeed.ops import stepping
+from deepspeed.ops import pieces as cutting
 from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.ops.muon import MuonWithAuxAdam
@@ -114,7 +119,18 @@ def test_adagrad_is_torchs_with_the_originals_defaults():
     assert torch.equal(result, reference)
 
 
+@pytest.mark.parametrize("changed", [{"lr_decay": 0.5}, {"initial_accumulator_value": 2.0}], ids=str)
+def test_adagrad_takes_torchs_arguments(changed):
+    ours, theirs = (torch.nn.Parameter(start((5, 6))) for _ in range(2))
+    options = {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.2, **changed}
+    result = run(DeepSpeedCPUAdagrad([ours], **options), ours, gradients((5, 6)))
+    reference = run(torch.optim.Adagrad([theirs], **options), theirs, gradients((5, 6)))
+    torch.testing.assert_close(result, reference)
+
+
 MAKE = {
+    "adam": lambda params: FusedAdam(params, lr=0.1),
+    "adagrad": lambda params: DeepSpeedCPUAdagrad(params, lr=0.1),
     "lion": lambda params: FusedLion(params, lr=0.1),
     "lamb": lambda params: FusedLamb(params, lr=0.1),
     "muon": lambda params: MuonWithAuxAdam([{"params": params, "use_muon": True}], lr=0.1),
@@ -156,38 +172,140 @@ def test_a_loaded_state_continues(name):
     assert torch.equal(run(loading, second, grads[3:]), whole.detach())
 
 
+@pytest.mark.parametrize("name", MAKE)
+def test_a_parameter_that_is_not_contiguous_is_updated_like_one_that_is(name):
+    plain, turned = torch.nn.Parameter(start((6, 4))), torch.nn.Parameter(start((6, 4)).t().contiguous().t())
+    assert not turned.is_contiguous()
+    grads = gradients((6, 4))
+    expected = run(MAKE[name]([plain]), plain, grads)
+    torch.testing.assert_close(run(MAKE[name]([turned]), turned, grads), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_low_precision_parameters_are_updated_in_fp32(name):
+    grad = start((6, 4)).bfloat16()
+    narrow, wide = torch.nn.Parameter(grad.clone()), torch.nn.Parameter(grad.float())
+    run(MAKE[name]([narrow]), narrow, [grad])
+    run(MAKE[name]([wide]), wide, [grad.float()])
+    torch.testing.assert_close(narrow.detach(), wide.detach().bfloat16(), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_low_precision_parameters_keep_fp32_state_through_saving(name):
+    def make():
+        param = torch.nn.Parameter(start((6, 4)).bfloat16())
+        return param, MAKE[name]([param])
+
+    (param, optimizer), (other, loaded) = make(), make()
+    run(optimizer, param, [grad.bfloat16() for grad in gradients((6, 4))])
+    loaded.load_state_dict(optimizer.state_dict())
+    assert list(loaded.state[other]) == list(optimizer.state[param])
+    for key, value in optimizer.state[param].items():
+        assert torch.equal(loaded.state[other][key], value)
+        assert loaded.state[other][key].dtype == torch.float32
+        assert loaded.state[other][key] is not value
+
+
+def test_a_loaded_state_lies_beside_its_parameter():
+    saved = FusedAdam([param := torch.nn.Parameter(start((6, 4)))])
+    run(saved, param, gradients((6, 4)))
+    there = torch.nn.Parameter(torch.empty(6, 4, device="meta"))
+    loaded = FusedAdam([there])
+    loaded.load_state_dict(saved.state_dict())
+    assert {value.device.type for value in loaded.state[there].values()} == {"meta"}
+
+
+@pytest.mark.parametrize("cls", [DeepSpeedCPUAdam, DeepSpeedCPUAdagrad, DeepSpeedCPULion])
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_host_optimizers_switch_decides_on_the_dtype_of_the_state(cls, wide):
+    param = torch.nn.Parameter(start((6, 4)).bfloat16())
+    optimizer = copy.deepcopy(cls([param], lr=0.1, fp32_optimizer_states=wide))
+    (param,) = optimizer.param_groups[0]["params"]
+    run(optimizer, param, [grad.bfloat16() for grad in gradients((6, 4))])
+    state = [value for key, value in optimizer.state[param].items() if key != "step"]
+    assert {value.dtype for value in state} == {torch.float32 if wide else torch.bfloat16}
+
+
+MAKERS = {
+    "Adam": FusedAdam,
+    "Adagrad": DeepSpeedCPUAdagrad,
+    "Lamb": FusedLamb,
+    "Lion": FusedLion,
+    "Muon": MuonWithAuxAdam,
+}
+NOT_NEGATIVE = {
+    "Adam": ("lr", "eps", "weight_decay"),
+    "Adagrad": ("lr", "eps", "weight_decay", "lr_decay", "initial_accumulator_value"),
+    "Lamb": ("lr", "eps", "weight_decay", "max_coeff", "min_coeff"),
+    "Lion": ("lr", "weight_decay"),
+    "Muon": ("lr", "muon_lr", "adam_lr", "eps", "weight_decay"),
+}
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name in MAKERS for key in NOT_NEGATIVE[name]])
+def test_a_negative_number_is_refused(name, key):
+    with pytest.raises(ConfigError, match=rf"^{key}: expected a number of at least 0, got -0\.5$"):
+        MAKERS[name]([torch.nn.Parameter(torch.ones(1))], **{key: -0.5})
+
+
+@pytest.mark.parametrize("name", ["Adam", "Lamb", "Lion", "Muon"])
+@pytest.mark.parametrize("betas", [(1.0, 0.9), (0.9, -0.1), (0.9, float("nan")), (0.9,)])
+def test_betas_that_are_no_decay_rates_are_refused(name, betas):
+    with pytest.raises(ConfigError, match=r"^betas: expected two numbers in \[0, 1\), got \("):
+        MAKERS[name]([torch.nn.Parameter(torch.ones(1))], betas=betas)
+
+
 @pytest.mark.parametrize(
-    ("make", "text"),
+    ("name", "options", "text"),
     [
-        (lambda p: FusedLion(p, lr=-1), "Lion: expected lr"),
-        (lambda p: FusedLamb(p, max_grad_norm=1.0), "gradient_clipping"),
-        (lambda p: FusedLamb(p, amsgrad=True), "amsgrad"),
-        (lambda p: DeepSpeedCPUAdagrad(p, amsgrad=True), "amsgrad"),
+        ("Muon", {"momentum": 1.0}, r"momentum: expected a number in \[0, 1\), got 1\.0"),
+        ("Muon", {"ns_steps": 0}, r"ns_steps: expected a number of at least 1, got 0"),
+        ("Lamb", {"max_grad_norm": 1.0}, r"max_grad_norm: expected 0, got 1\.0; use gradient_clipping"),
+        ("Lamb", {"amsgrad": True}, "amsgrad: expected False"),
+        ("Adam", {"amsgrad": True}, "amsgrad: expected False"),
+        ("Adagrad", {"amsgrad": True}, "amsgrad: expected False"),
+        ("Lion", {"set_grad_none": False}, "set_grad_none: expected True"),
     ],
 )
-def test_what_cannot_be_done_is_refused(make, text):
+def test_what_cannot_be_done_is_refused(name, options, text):
     with pytest.raises(ConfigError, match=text):
-        make([torch.nn.Parameter(torch.ones(1))])
+        MAKERS[name]([torch.nn.Parameter(torch.ones(1))], **options)
 
 
-@pytest.mark.parametrize("cls", [FusedLion, DeepSpeedCPUAdagrad])
-def test_a_large_leaf_is_updated_in_pieces_with_the_same_result(cls, monkeypatch):
+class LargestResult(TorchDispatchMode):
+    """Note the size of the largest tensor that is made."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", ["adam", "adagrad", "lion"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_leaf_is_updated_in_small_pieces_with_the_same_result(name, dtype, monkeypatch):
+    def update(leaf, optimizer, grad, out):
+        flags = {"scale": torch.tensor(0.5), "found_inf": torch.zeros(())}
+        optimizer.update_leaf(leaf, optimizer.param_groups[0], grad, out=out, **flags)
+
+    first, second = (grad.bfloat16() for grad in gradients((230,), 2))
     results = []
-    for size in (stepping.PIECE, 5):
-        monkeypatch.setattr(stepping, "PIECE", size)
-        leaf, low = start((23,)), torch.empty(23, dtype=torch.bfloat16)
-        optimizer = cls([torch.nn.Parameter(leaf)], lr=0.1)
-        for grad in gradients((23,)):
-            optimizer.update_leaf(
-                leaf,
-                optimizer.param_groups[0],
-                grad,
-                out=low,
-                scale=torch.tensor(0.5),
-                found_inf=torch.zeros(()),
-            )
-        results.append((leaf, low))
-    (whole, whole_low), (cut, cut_low) = results
-    assert torch.equal(whole, cut)
-    assert torch.equal(whole_low, cut_low)
-    assert torch.equal(cut_low, cut.bfloat16())
+    for size in (1000, 16):
+        monkeypatch.setattr(cutting, "CHUNK", size)
+        leaf, out = start((230,)).to(dtype), torch.empty(230, dtype=torch.bfloat16)
+        optimizer = MAKE[name]([leaf])
+        update(leaf, optimizer, first, out)
+        with LargestResult(leaf, second, out, *optimizer.state[leaf].values()) as made:
+            update(leaf, optimizer, second, out)
+        assert made.numel <= size
+        results.append((leaf, out))
+    (whole, whole_out), (cut, cut_out) = results
+    torch.testing.assert_close(whole, cut, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(whole_out, cut_out)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from deepspeed.errors import ConfigError
-from deepspeed.ops.stepping import LeafOptimizer, assign, check_numbers, count_step, pieces, scaled, wide
+from deepspeed.ops.pieces import pieces
+from deepspeed.ops.stepping import LeafOptimizer, assign, check_numbers, count_step, scaled, wide
 
 
 class DeepSpeedCPUAdagrad(LeafOptimizer):
@@ -48,8 +49,10 @@ class DeepSpeedCPUAdagrad(LeafOptimizer):
             "lr_decay": lr_decay,
             "initial_accumulator_value": initial_accumulator_value,
         }
-        check_numbers("Adagrad", betas=(), **numbers)
-        super().__init__(model_params, {**numbers, "fp32_optimizer_states": fp32_optimizer_states})
+        check_numbers(**numbers)
+        super().__init__(model_params, numbers)
+        if not fp32_optimizer_states:
+            self.narrow_states()
 
     @torch.no_grad()
     def update_leaf(
@@ -62,10 +65,7 @@ class DeepSpeedCPUAdagrad(LeafOptimizer):
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        is_new = not self.state[leaf]
-        state = self._state_of(leaf, group, "sum")
-        if is_new:
-            state["sum"].fill_(group["initial_accumulator_value"])
+        state = self._state_of(leaf, sum=group["initial_accumulator_value"])
         step = count_step(state, found_inf)
         rate = group["lr"] / (1 + (step - 1) * group["lr_decay"])
         for weight, part, squares, low in pieces(leaf, grad, state["sum"], out):

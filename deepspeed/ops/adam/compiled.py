@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from deepspeed.common.logging import announce
-from deepspeed.ops.adam.kernel import CHUNK, AdamHyper, AdamTensors, Control, adam_pass, numbers
+from deepspeed.ops.adam.kernel import AdamHyper, AdamTensors, Control, adam_pass, numbers
+from deepspeed.ops.pieces import CHUNK
 
 SWITCH = "DEEPSPEED_COMPILE_OPTIMIZER"
 """Environment variable; ``0`` never compiles unless an optimizer asks for it."""
@@ -70,6 +71,10 @@ class CompiledPass:
         self._run: Callable[..., None] | None = None
         self._decided = wanted is False
         self._proven = False
+
+    def __reduce__(self) -> tuple[type[CompiledPass], tuple[bool | None]]:
+        """A copy compiles for itself."""
+        return CompiledPass, (self._wanted,)
 
     def decide(self, device: str, numel: Callable[[], int]) -> None:
         """Choose once whether to compile, for an optimizer of ``numel()`` elements on this rank."""

@@ -22,16 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 131_072
-"""Elements updated at a time on a host. Smaller pieces fit nearer caches, but each costs ten microseconds of
-calls; a core with 1 MiB of its own cache is fastest from here to twice as many."""
-
-SHARED_CHUNK = 8 * CHUNK
-"""Elements per thread where several threads update together: each piece ends with threads waiting for each
-other, which is slow when other processes hold a core, so there are fewer."""
-
-DEVICE_CHUNK = 16_777_216
-"""The same on an accelerator, where it only bounds the memory for the cast gradient."""
+from deepspeed.ops.pieces import piece_size, pieces
 
 
 @dataclass(frozen=True)
@@ -64,17 +55,10 @@ class AdamTensors:
     grad: Tensor
     out: Tensor | None
 
-    def chunks(self, size: int) -> Iterator[AdamTensors]:
-        """Yield views of `size` elements of each tensor, the last ones shorter."""
-        if self.master.numel() <= size:
-            yield self
-            return
-        for start in range(0, self.master.numel(), size):
-            part = slice(start, start + size)
-            out = None if self.out is None else self.out[part]
-            yield AdamTensors(
-                self.master[part], self.exp_avg[part], self.exp_avg_sq[part], self.grad[part], out
-            )
+    def cut(self) -> Iterator[AdamTensors]:
+        """Yield views of pieces of the tensors (see `deepspeed.ops.pieces`)."""
+        for parts in pieces(self.master, self.exp_avg, self.exp_avg_sq, self.grad, self.out):
+            yield AdamTensors(*parts)
 
 
 @dataclass(frozen=True)
@@ -153,19 +137,18 @@ def update(tensors: AdamTensors, hyper: AdamHyper, control: Control) -> None:
     torch's fused kernel serves where weights and moments share a wide dtype; narrow moments are computed in
     fp32 by `adam_pass` itself.
     """
-    size = _piece(tensors.master.device)
     dtype = tensors.master.dtype
     if dtype != tensors.exp_avg.dtype or not kernel_serves(tensors.master):
         vector = numbers(hyper, control)
-        for part in tensors.chunks(size):
+        for part in tensors.cut():
             adam_pass(
                 part.master, part.exp_avg, part.exp_avg_sq, part.grad, part.out, vector, hyper.decoupled
             )
         return
     scratch = None
     if tensors.grad.dtype != dtype or control.scale is not None:
-        scratch = torch.empty_like(tensors.master[:size])
-    for part in tensors.chunks(size):
+        scratch = torch.empty_like(tensors.master[: piece_size(tensors.master.device)])
+    for part in tensors.cut():
         grad = part.grad
         if scratch is not None:
             grad = scratch[: grad.numel()].copy_(grad)
@@ -176,14 +159,6 @@ def update(tensors: AdamTensors, hyper: AdamHyper, control: Control) -> None:
         )
         if part.out is not None:
             part.out.copy_(part.master)
-
-
-def _piece(device: torch.device) -> int:
-    """Elements to update at a time."""
-    if device.type != "cpu":
-        return DEVICE_CHUNK
-    threads = torch.get_num_threads()
-    return CHUNK if threads == 1 else SHARED_CHUNK * threads
 
 
 def kernel_serves(weights: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.errors import ConfigError
-from deepspeed.ops.stepping import LeafOptimizer, assign, check_numbers, count_step, scaled, wide
+from deepspeed.ops.stepping import LeafOptimizer, assign, check_betas, check_numbers, count_step, scaled, wide
 
 
 class FusedLamb(LeafOptimizer):
@@ -49,19 +49,14 @@ class FusedLamb(LeafOptimizer):
         min_coeff: float = 0.01,
         amsgrad: bool = False,
     ) -> None:
-        if amsgrad or max_grad_norm:
+        if amsgrad:
+            raise ConfigError("amsgrad: expected False, got True; Lamb has no such variant")
+        if max_grad_norm:
             raise ConfigError(
-                "Lamb: expected amsgrad=False and max_grad_norm=0; use gradient_clipping to clip"
+                f"max_grad_norm: expected 0, got {max_grad_norm}; use gradient_clipping to clip"
             )
-        check_numbers(
-            "Lamb",
-            lr=lr,
-            eps=eps,
-            weight_decay=weight_decay,
-            max_coeff=max_coeff,
-            min_coeff=min_coeff,
-            betas=betas,
-        )
+        check_numbers(lr=lr, eps=eps, weight_decay=weight_decay, max_coeff=max_coeff, min_coeff=min_coeff)
+        check_betas(betas)
         defaults = {
             "lr": lr,
             "bias_correction": bias_correction,
@@ -85,12 +80,12 @@ class FusedLamb(LeafOptimizer):
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        state = self._state_of(leaf, group, "exp_avg", "exp_avg_sq")
+        state = self._state_of(leaf, exp_avg=0.0, exp_avg_sq=0.0)
         step = count_step(state, found_inf)
         beta1, beta2 = group["betas"]
         g, weight = scaled(grad, scale), wide(leaf)
-        first = state["exp_avg"] * beta1 + g * (1 - beta1)
-        second = state["exp_avg_sq"] * beta2 + g * g * (1 - beta2)
+        first = wide(state["exp_avg"]) * beta1 + g * (1 - beta1)
+        second = wide(state["exp_avg_sq"]) * beta2 + g * g * (1 - beta2)
         update = self._direction(first, second, group) + group["weight_decay"] * weight
         rate = self._rate(step, group) * self._trust_ratio(weight, update, group)
         assign(leaf, weight - rate * update, found_inf)

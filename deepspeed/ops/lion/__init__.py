@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from deepspeed.errors import ConfigError
-from deepspeed.ops.stepping import LeafOptimizer, assign, check_numbers, count_step, pieces, scaled, wide
+from deepspeed.ops.pieces import pieces
+from deepspeed.ops.stepping import LeafOptimizer, assign, check_betas, check_numbers, count_step, scaled, wide
 
 
 class FusedLion(LeafOptimizer):
@@ -33,16 +34,11 @@ class FusedLion(LeafOptimizer):
         weight_decay: float = 0.0,
         set_grad_none: bool = True,
     ) -> None:
-        check_numbers("Lion", lr=lr, weight_decay=weight_decay, betas=betas)
+        check_numbers(lr=lr, weight_decay=weight_decay)
+        check_betas(betas)
         if not set_grad_none:
             raise ConfigError("set_grad_none: expected True, got False; zero_grad(set_to_none=False) fills")
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "weight_decay": weight_decay,
-            "fp32_optimizer_states": True,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
     @torch.no_grad()
     def update_leaf(
@@ -55,7 +51,7 @@ class FusedLion(LeafOptimizer):
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        state = self._state_of(leaf, group, "exp_avg")
+        state = self._state_of(leaf, exp_avg=0.0)
         count_step(state, found_inf)
         beta1, beta2 = group["betas"]
         shrink = 1 - group["lr"] * group["weight_decay"]
@@ -85,8 +81,8 @@ class DeepSpeedCPULion(FusedLion):
         fp32_optimizer_states: bool = True,
     ) -> None:
         super().__init__(model_params, lr=lr, betas=betas, weight_decay=weight_decay)
-        for group in (self.defaults, *self.param_groups):
-            group["fp32_optimizer_states"] = fp32_optimizer_states
+        if not fp32_optimizer_states:
+            self.narrow_states()
 
 
 __all__ = ["DeepSpeedCPULion", "FusedLion"]

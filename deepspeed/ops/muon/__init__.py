@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepspeed.errors import ConfigError
 from deepspeed.ops.adam import FusedAdam
-from deepspeed.ops.stepping import LeafOptimizer, assign, check_numbers, scaled, wide
+from deepspeed.ops.stepping import LeafOptimizer, assign, check_betas, check_numbers, count_step, scaled, wide
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration that drives all singular values towards 1."""
@@ -52,14 +52,15 @@ class MuonWithAuxAdam(LeafOptimizer):
     ) -> None:
         if ns_method not in ("gram", "standard"):
             raise ConfigError(f'ns_method: expected "gram" or "standard", got {ns_method!r}')
-        if ns_steps < 1 or not 0 <= momentum < 1:
-            raise ConfigError(
-                f"Muon: expected ns_steps >= 1 and momentum in [0, 1), got ns_steps={ns_steps}, momentum={momentum}"
-            )
+        if ns_steps < 1:
+            raise ConfigError(f"ns_steps: expected a number of at least 1, got {ns_steps}")
+        if not 0 <= momentum < 1:
+            raise ConfigError(f"momentum: expected a number in [0, 1), got {momentum}")
+        given = {"lr": lr, "muon_lr": muon_lr, "adam_lr": adam_lr}
+        check_numbers(**{name: rate for name, rate in given.items() if rate is not None})
+        check_numbers(eps=eps, weight_decay=weight_decay)
+        check_betas(betas)
         rates = {True: _first(muon_lr, lr, MUON_LR), False: _first(adam_lr, lr, ADAM_LR)}
-        check_numbers(
-            "Muon", muon_lr=rates[True], adam_lr=rates[False], eps=eps, weight_decay=weight_decay, betas=betas
-        )
         groups = [group if isinstance(group, dict) else {"params": [group]} for group in params]
         groups = [{"lr": rates[bool(group.get("use_muon"))], **group} for group in groups]
         _check_matrices(groups)
@@ -93,11 +94,13 @@ class MuonWithAuxAdam(LeafOptimizer):
         found_inf: Tensor | None = None,
     ) -> None:
         if not group["use_muon"]:
-            self._update_by_adam(leaf, group, grad, out=out, scale=scale, found_inf=found_inf)
+            self._adam.state, self._adam.state_dtype = self.state, self.state_dtype
+            self._adam.update_leaf(leaf, group, grad, out=out, scale=scale, found_inf=found_inf)
             return
-        buffer = self._state_of(leaf, group, "momentum_buffer")["momentum_buffer"]
-        g = scaled(grad, scale)
-        momentum = torch.lerp(g, buffer, group["momentum"])
+        state = self._state_of(leaf, momentum_buffer=0.0)
+        count_step(state, found_inf)
+        g, buffer = scaled(grad, scale), state["momentum_buffer"]
+        momentum = torch.lerp(g, wide(buffer), group["momentum"])
         nesterov = torch.lerp(g, momentum, group["momentum"])
         update = orthogonalise(nesterov, group["ns_steps"], group["ns_method"])
         rows, columns = update.shape[0], update[0].numel()
@@ -105,17 +108,6 @@ class MuonWithAuxAdam(LeafOptimizer):
         weight = wide(leaf) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
         assign(leaf, weight, found_inf)
         assign(buffer, momentum, found_inf)
-        if out is not None:
-            out.copy_(leaf)
-
-    def _update_by_adam(
-        self, leaf: Tensor, group: dict[str, Any], grad: Tensor, *, out: Tensor | None, **flags: Tensor | None
-    ) -> None:
-        self._adam.state = self.state
-        flat = leaf.contiguous().view(-1)  # the leaf's own memory, or a copy that goes back below
-        self._adam.update_leaf(flat, group, grad.reshape(-1), state_of=leaf, **flags)
-        if not leaf.is_contiguous():
-            leaf.copy_(flat.view(leaf.shape))
         if out is not None:
             out.copy_(leaf)
 
@@ -147,8 +139,8 @@ def orthogonalise(matrix: Tensor, steps: int = 5, method: str = "gram") -> Tenso
     """
     flat = matrix.reshape(matrix.shape[0], -1)
     tall = flat.shape[0] > flat.shape[1]
-    wide = flat.mT if tall else flat
-    x = wide / (torch.linalg.vector_norm(wide) + 1e-7)
+    x = flat.mT if tall else flat
+    x = x / (torch.linalg.vector_norm(x) + 1e-7)
     if method == "gram":
         result = _iterate_on_gram(x, steps)
     else:
