@@ -158,6 +158,7 @@ def _shard(
     }
     named = [pair for pair in module.named_parameters() if id(pair[1]) in group_index]
     _check_all_named(inner, named)
+    _check_real(named)
     whole_parameters = leaf_kind(inner, sharding) == "whole"
     zero = settings.zero_optimization
     units = make_units(
@@ -202,6 +203,15 @@ def _check_all_named(inner: torch.optim.Optimizer, named: list[tuple[str, nn.Par
                     f"optimizer: expected parameters of the model, got a tensor of shape {tuple(param.shape)} "
                     f"in param group {index} that the model does not have; build the optimizer after the model"
                 )
+
+
+def _check_real(named: list[tuple[str, nn.Parameter]]) -> None:
+    for name, param in named:
+        if param.is_complex():
+            raise ConfigError(
+                f"{name}: expected a real parameter, got {param.dtype}; keep its real and imaginary parts "
+                "(torch.view_as_real) as the parameter"
+            )
 
 
 def _place_rest(

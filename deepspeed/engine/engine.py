@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deepspeed.common.logging import logger
+from deepspeed.common.logging import logger, warn_once
 from deepspeed.engine.accessors import EngineAccessors
 from deepspeed.engine.feature import Feature
 from deepspeed.engine.inputs import InputRules, tensors_in
@@ -73,6 +73,7 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         self._step_applied = False
         if self._reducer is not None:
             self._reducer.on_implicit_backward = self._check_scaled
+        self._frozen = [(name, p) for name, p in self.module.named_parameters() if not p.requires_grad]
         self._watch_hook = self.module.register_forward_hook(OutputWatch(self))
 
     # -- forward ----------------------------------------------------------------------------------
@@ -227,6 +228,7 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         optimizer, _ = self._training_parts("step")
         for feature in self._features:
             feature.step_start(self)
+        self._warn_of_unfrozen()
         self._step_applied = optimizer.step()
         self.global_steps += 1
         if not self._step_applied:
@@ -234,6 +236,14 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
             logger.info("step %d skipped: a gradient is not finite", self.global_steps)
         elif self.lr_scheduler is not None:
             self.lr_scheduler.step(**lr_kwargs)
+
+    def _warn_of_unfrozen(self) -> None:
+        names = [name for name, param in self._frozen if param.requires_grad]
+        if names:
+            warn_once(
+                f"{names[0]} and {len(names) - 1} more require grad now but were frozen when the engine was made, "
+                "so they are not trained; unfreeze before deepspeed.initialize, or initialize again"
+            )
 
     def was_step_applied(self) -> bool:
         """Whether the last `step` changed the parameters."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deepspeed.config import DeepSpeedConfig
 from deepspeed.errors import ConfigError
@@ -51,9 +51,14 @@ def _configured(
 
 def param_groups(module: nn.Module, model_parameters: Iterable[Any] | None) -> list[dict[str, Any]]:
     """Normalise parameters, named parameters or param groups to param groups of trainable parameters."""
-    given = [param for param in module.parameters() if param.requires_grad]
-    if model_parameters is not None:
-        given = list(model_parameters)
+    if isinstance(model_parameters, Tensor):
+        model_parameters = [model_parameters]
+    given: list[Any] = list(module.parameters() if model_parameters is None else model_parameters)
+    if model_parameters is not None and not given:
+        raise ConfigError(
+            "model_parameters: expected parameters to train, got none; an iterator such as model.parameters() "
+            "is empty once it has been used: pass a fresh one, or nothing for all that require grad"
+        )
     if given and isinstance(given[0], dict):
         return [{**group, "params": _trainable(group["params"])} for group in given]
     params = _trainable(given)
@@ -101,10 +106,14 @@ def _narrow_states(optimizer: torch.optim.Optimizer, settings: DeepSpeedConfig) 
 
 
 def _trainable(params: Any) -> list[nn.Parameter]:
-    listed: list[Any] = [params] if isinstance(params, torch.Tensor) else list(params)
-    unique: dict[int, nn.Parameter] = {}
+    listed: list[Any] = [params] if isinstance(params, Tensor) else list(params)
+    unique: dict[int, Any] = {}
     for entry in listed:
         param = entry[1] if isinstance(entry, tuple) else entry
+        if not isinstance(param, Tensor):
+            raise ConfigError(
+                f"model_parameters: expected tensors, (name, tensor) pairs or param groups, got {entry!r}"
+            )
         if param.requires_grad:
             unique[id(param)] = param
     return list(unique.values())

@@ -18,7 +18,10 @@ from deepspeed.zero.slot import Slot, slot_of
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     """Return a parameter's master weight, whole (fp32 in the parameter's shape); None if it is not trained."""
     slot = slot_of(param)
-    return None if slot is None else _whole(slot, slot.gradients.unit.master)
+    if slot is None:
+        return None
+    slot.gradients.unit.adopt_edits()
+    return _whole(slot, slot.gradients.unit.master)
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:

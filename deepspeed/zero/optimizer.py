@@ -229,7 +229,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             Whether the update was applied; False if a gradient was not finite and the step was skipped.
 
         Raises:
-            UsageError: a closure was passed, or a parameter without a gradient is not allowed.
+            UsageError: a closure was passed, a parameter was moved or cast, or one without a gradient is not
+                allowed.
             LossScaleError: the gradients overflow although the loss scale is at its minimum.
         """
         if closure is not None:
@@ -238,6 +239,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             )
         for hook in self._hooks_before.values():
             hook(self, (), {})
+        for unit in self.units:
+            unit.adopt_edits()
         self._reducer.flush()
         active = [gradients for gradients in self._reducer.gradients if gradients.shard is not None]
         if active:
@@ -274,7 +277,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         parameter was used on this rank: then it was used somewhere.
         """
         shards = [gradients.shard for gradients in active if gradients.shard is not None]
-        norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in _norm_parts(shards)]
+        norms = [_norm(part) for part in _norm_parts(shards)]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         used = [flag for gradients in active for flag in gradients.used]
         group = self._data_parallel
@@ -379,6 +382,13 @@ def _norm_parts(shards: Sequence[Tensor]) -> list[Tensor]:
     if shards[0].device.type != "cpu":
         return list(shards)
     return [part for shard in shards for part in shard.split(NORM_PART)]
+
+
+def _norm(part: Tensor) -> Tensor:
+    """Return the norm in fp32, summed in fp32 or wider."""
+    wide = torch.promote_types(part.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(part, dtype=wide)
+    return norm.float()
 
 
 def _read(flag: Tensor) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed import comm
+from deepspeed.errors import UsageError
 from deepspeed.precision.policy import ParamDtypes
 from deepspeed.zero.layout import Layout, Piece
 from deepspeed.zero.stage import Sharding
@@ -57,6 +58,8 @@ class Unit:
         for param, view in zip(self.params, self.views(self.flat), strict=True):
             param.grad = None
             param.data = view
+        self._places = [param.data_ptr() for param in self.params]
+        self._versions = [param._version for param in self.params]
 
     def _gather_given(self, device: torch.device) -> Tensor:
         """Return the parameters' values in one new flat, equal on all data-parallel ranks."""
@@ -87,6 +90,34 @@ class Unit:
     def my_pieces(self) -> list[Piece]:
         """Pieces of the parameters in this rank's shard."""
         return self.layout.pieces(self.sharding.shard_group.rank)
+
+    def adopt_edits(self) -> None:
+        """Take over into the master shard what the user wrote into parameters since the last call.
+
+        Note [Edits of parameters]
+            ``param.mul_()``, ``load_state_dict`` and ``nn.init`` raise a parameter's version; updates go
+            through the flat and do not. So an edit is seen and reaches the master copy, which would undo it
+            at the next step otherwise. It must be the same on every rank. ``param.data`` has no version:
+            what is written through it where the master is a copy must be set with safe_set_full_fp32_param.
+
+        Raises:
+            UsageError: a parameter's memory was replaced (``.to()``, ``.half()``, ``param.data = ...``).
+        """
+        versions = [param._version for param in self.params]
+        for name, param, place in zip(self.names, self.params, self._places, strict=True):
+            if param.data_ptr() != place:
+                raise UsageError(
+                    f"{name}: expected its memory where deepspeed.initialize laid it out, but it was replaced "
+                    "(model.to(), model.half(), param.data = ...); change the model before initialize, and "
+                    "values in place: param.copy_(...)"
+                )
+        if versions == self._versions:
+            return
+        before, self._versions = self._versions, versions
+        for piece in self.my_pieces() if self.master is not self.mine else ():
+            if versions[piece.index] != before[piece.index]:
+                edited = slice(piece.shard_start, piece.shard_stop)
+                self.master[edited] = self.mine[edited]
 
     def publish(self, *, async_op: bool = False) -> torch.distributed.Work | None:
         """Make the whole parameters current everywhere, once every rank has updated its shard in storage."""
