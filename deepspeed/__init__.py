@@ -38,8 +38,28 @@ _NAMES = {
     "log_dist": "deepspeed.common.logging",
 }
 _MODULES = frozenset(
-    {"accelerator", "comm", "ops", "runtime", "utils", "monitor", "launcher", "git_version_info"}
+    {
+        "accelerator",
+        "checkpoint",
+        "comm",
+        "ops",
+        "runtime",
+        "utils",
+        "monitor",
+        "launcher",
+        "git_version_info",
+    }
 )
+_LATER = {
+    "checkpointing": "activation checkpointing",
+    "init_inference": "inference",
+    "moe": "expert parallelism",
+    "OnDevice": "sharding of parameters (stage 3)",
+    "pipe": "pipeline parallelism",
+    "PipelineModule": "pipeline parallelism",
+    "tp_model_init": "tensor parallelism",
+    "zero": "sharding of parameters (stage 3)",
+}
 
 __all__ = [
     "DeepSpeedConfig",
@@ -58,4 +78,5 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_NAMES[name]), name)
     if name in _MODULES:
         return importlib.import_module(f"deepspeed.{name}")
-    raise AttributeError(f"module 'deepspeed' has no attribute {name!r}")
+    reason = f"; {_LATER[name]} is not built yet" if name in _LATER else ""
+    raise AttributeError(f"module 'deepspeed' has no attribute {name!r}{reason}")

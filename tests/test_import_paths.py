@@ -119,3 +119,9 @@ def test_loggers_are_one_object():
 
     assert logger is utils.logger
     assert logger is logging.getLogger("DeepSpeed")
+
+
+def test_what_comes_later_is_named_at_the_door():
+    with pytest.raises(AttributeError, match="'PipelineModule'; pipeline parallelism is not built yet"):
+        _ = deepspeed.PipelineModule
+    assert not hasattr(deepspeed, "init_inference")

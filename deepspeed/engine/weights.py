@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepspeed import comm
+from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 
 if TYPE_CHECKING:
     from deepspeed.zero.stage import RankGroup
@@ -61,15 +62,10 @@ def _write(state: dict[str, Any], path: Path) -> None:
         if path.suffix == ".safetensors":
             save_file(_untied(state), aside, metadata={"format": "pt"})
         else:
-            torch.save({name: _own_copy(value) for name, value in state.items()}, aside)
+            torch.save(clone_tensors_for_torch_save(state), aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _own_copy(value: Any) -> Any:
-    """Detach a tensor from the flat it is a view of, or the whole flat would be written with it."""
-    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
 
 
 def _untied(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -81,5 +77,5 @@ def _untied(state: dict[str, Any]) -> dict[str, Tensor]:
             place = (value.data_ptr(), value.shape)
             if value.numel() == 0 or place not in seen:
                 seen[place] = name
-                kept[name] = _own_copy(value).contiguous()
+                kept[name] = clone_tensors_for_torch_save(value).contiguous()
     return kept
