@@ -34,7 +34,7 @@ class Guard:
         """Take the launcher's process id, and the seconds between a signal to end and SIGKILL."""
         self.launcher = launcher
         self.grace = grace
-        self.told_at = math.inf
+        self.told_at = self.ended_at = math.inf
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
         die_with(launcher, signal.SIGTERM)
 
@@ -56,6 +56,7 @@ class Guard:
         pid = 0
         while pid != child:
             pid, status, usage = os.wait4(-1, 0)
+        self.ended_at = time.time()  # at once: peers notice lost connections within milliseconds
         code = os.waitstatus_to_exitcode(status)
         if code != 0 or not math.isinf(self.told_at):
             clear()

@@ -19,13 +19,14 @@ LINE = re.compile(r"(\S+)\s+slots\s*=\s*(\d+)")
 def fetch_hostfile(hostfile_path: str) -> dict[str, int] | None:
     """Return each host's number of slots, in the file's order; None when there is no such file.
 
-    Raises ConfigError for a line that is not ``host slots=N``, a host named twice, or a file without hosts.
+    Raises ConfigError for a file that is no text, a line that is not ``host slots=N``, a host named twice, or a
+    file without hosts.
     """
     path = Path(hostfile_path)
     if not path.is_file():
         return None
     hosts: dict[str, int] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
@@ -38,6 +39,14 @@ def fetch_hostfile(hostfile_path: str) -> dict[str, int] | None:
     if not hosts:
         raise ConfigError(f"{path}: expected at least one line 'host slots=N', got none")
     return hosts
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text; ConfigError where it cannot be read or is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected a readable UTF-8 text, got {error}") from None
 
 
 def parse_inclusion_exclusion(

@@ -69,7 +69,7 @@ def _arguments(job: Job, folder: str) -> object:
             f"--rdzv-id={uuid.uuid4().hex}",
             f"--local-addr={job.address}",
             f"--log-dir={folder}",
-            *shlex.split(job.extra),
+            *_words(job.extra),
             "--no-python",
             sys.executable,
         ]
@@ -78,6 +78,16 @@ def _arguments(job: Job, folder: str) -> object:
     # names of its own in arguments.
     arguments.training_script_args = [part.replace("$", "$$") for part in job.command]
     return arguments
+
+
+def _words(text: str) -> list[str]:
+    """Split --launcher_args as a shell would."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"--launcher_args: expected options in balanced quotes, got {text!r} ({error})"
+        ) from None
 
 
 def _meeting(job: Job) -> list[str]:

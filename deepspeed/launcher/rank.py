@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from deepspeed.launcher import record, script
 from deepspeed.launcher.guard import Guard, die_with, signals_held
+from deepspeed.launcher.record import Record
 
 STDERR = 2
 TAIL_LINES = 30
@@ -110,7 +111,7 @@ def _leave(guard: Guard, child: int, task: Task, tail: Tail | None) -> None:
     code, usage = guard.wait(child)
     if code != 0:
         last = tail.text() if tail else _crash_text()
-        found = record.read() or record.now(text=last, code=code if code > 0 else None)
+        found = record.read() or Record(guard.ended_at, code=code if code > 0 else None)
         unit = 1 if sys.platform == "darwin" else 1024
         record.write(
             found._replace(

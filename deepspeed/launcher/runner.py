@@ -19,6 +19,7 @@ from deepspeed.launcher.hosts import (
     fetch_hostfile,
     parse_inclusion_exclusion,
     parse_resource_filter,
+    read_text,
 )
 from deepspeed.launcher.options import parse
 from deepspeed.launcher.rank import Task
@@ -112,7 +113,7 @@ def _grace() -> int:
 def _read_variables() -> None:
     for folder in (Path.cwd(), Path.home()):
         path = folder / DEEPSPEED_ENVIRONMENT_NAME
-        for line in path.read_text().splitlines() if path.is_file() else ():
+        for line in read_text(path).splitlines() if path.is_file() else ():
             name, equals, value = line.strip().partition("=")
             if equals and not name.startswith("#"):
                 os.environ.setdefault(name, value)
@@ -122,7 +123,12 @@ def _log_pattern(folder: str | None) -> str:
     """Return the name of each rank's log, with {rank} to be filled in; the folder is made."""
     if not folder:
         return ""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--enable_each_rank_log: expected a folder, got {folder!r}, which cannot be made ({error.strerror})"
+        ) from None
     name = f"{time.strftime('%Y%m%d%H%M%S')}_rank{{rank}}.log"
     return str(Path(folder.replace("{", "{{").replace("}", "}}")).absolute() / name)
 

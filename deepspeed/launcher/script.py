@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import faulthandler
 import importlib.machinery
@@ -54,6 +55,7 @@ def run(kind: str, target: str, arguments: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # shown at once, and never half a line among other ranks'
         sys.stdout.reconfigure(line_buffering=True, write_through=False)
     _write_crashes_down()
+    atexit.register(_leave_group)  # before any of the script's own, so it comes after them
     try:
         RUNNERS[kind](target, arguments)
         code, summary = 0, ""
@@ -65,10 +67,23 @@ def run(kind: str, target: str, arguments: Sequence[str]) -> int:
         summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         record.write(record.now(summary, text, code))
+        atexit.unregister(_leave_group)
         sys.excepthook(type(error), error, error.__traceback__)
         return code
     record.write(record.now(summary, "", code))
+    if code != 0:  # peers may be gone, and leaving them in order could wait for them
+        atexit.unregister(_leave_group)
     return code
+
+
+def _leave_group() -> None:
+    """Leave torch.distributed where the script did not.
+
+    Left to the destruction of globals, torch 2.13 now and then aborts a process that has done its work.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _exit_code(stop: SystemExit) -> tuple[int, str]:

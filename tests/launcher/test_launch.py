@@ -194,6 +194,8 @@ def test_a_port_in_use_is_one_sentence(capsys, script):
         (["--master_port", 70000, "FILE"], "--master_port: expected 1 to 65535, got 70000"),
         (["--master_addr", "no.such.host.invalid", "FILE"], "--master_addr: expected a name or address"),
         (["--include", "worker-7", "FILE"], "--include: starting several nodes is not built yet"),
+        (["--enable_each_rank_log", "FILE", "FILE"], "--enable_each_rank_log: expected a folder, got"),
+        (["--launcher_args", "'", "FILE"], "--launcher_args: expected options in balanced quotes"),
     ],
 )
 def test_mistakes_are_one_sentence(capsys, script, arguments, text):
@@ -212,3 +214,19 @@ def test_the_process_id_is_in_a_file_while_the_job_runs(script, tmp_path):
     done = deepspeed("--save_pid", script(source), env={"TMPDIR": str(tmp_path)})
     assert done.stdout.count(".ds'") == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "job.py"]
+
+
+@pytest.mark.parametrize("end", ["os._exit(9)", "os.abort()"])
+def test_a_rank_that_dies_without_a_word_comes_before_the_peers_that_lose_it(script, end):
+    source = f"""
+    import os
+    import torch
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    if os.environ["RANK"] == "1":
+        {end}
+    dist.all_reduce(torch.ones(1))
+    """
+    done = deepspeed("--num_gpus", 2, script(source))
+    assert done.returncode == (9 if "9" in end else 134)
+    assert "deepspeed: rank 1 " in done.stderr

@@ -230,3 +230,17 @@ def test_a_rank_whose_launcher_is_already_gone_does_not_start(tmp_path):
     done = start_rank(tmp_path, write(tmp_path, "print('ran')"), launcher=1)
     assert done.communicate(timeout=60)[0] == ""
     assert done.returncode == 128 + signal.SIGTERM
+
+
+def test_a_script_that_forgot_it_leaves_torch_distributed_after_its_own_last_words(tmp_path):
+    source = """
+    import atexit
+    import torch.distributed as dist
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    leave = dist.destroy_process_group
+    dist.destroy_process_group = lambda: print("left") or leave()
+    atexit.register(print, "last words")
+    """
+    done = start_rank(tmp_path, write(tmp_path, source))
+    assert done.communicate(timeout=60) == ("last words\nleft\n", "")
+    assert done.returncode == 0

@@ -61,11 +61,12 @@ def test_hostfile(tmp_path):
         ("a slots=4\na slots=2\n", "line 2: expected each host once"),
         ("a 4\n", "line 1: expected 'host slots=N', got 'a 4'"),
         ("# nothing\n", "at least one line"),
+        ("\udcff\n", "expected a readable UTF-8 text"),
     ],
 )
 def test_wrong_hostfiles_are_named(tmp_path, text, message):
     file = tmp_path / "hosts"
-    file.write_text(text)
+    file.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=message):
         fetch_hostfile(str(file))
 
