@@ -99,6 +99,8 @@ def _parse_text(text: str, name: str) -> dict[str, Any]:
         raise ConfigError(f"{name}: expected JSON, got a syntax error: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
+    except (ValueError, OverflowError, RecursionError) as error:  # endless numbers, endless nesting
+        raise ConfigError(f"{name}: expected JSON, got what cannot be read: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{name}: expected one object, got {shown(tree)}")
     return tree

@@ -12,6 +12,8 @@ from deepspeed.errors import ConfigError
 
 Lines = Iterator[str]
 
+LARGEST_POWER = 127
+
 
 def check(config: DeepSpeedConfig) -> None:
     """Raise ConfigError with one line for each broken rule."""
@@ -71,6 +73,11 @@ def _loss_scale(config: DeepSpeedConfig) -> Lines:
         value = getattr(fp16, name)
         if value <= 0:
             yield f"fp16.{name}: expected a number above 0 with a dynamic loss scale, got {shown(value)}"
+    if fp16.initial_scale_power > LARGEST_POWER:
+        yield (
+            f"fp16.initial_scale_power: expected at most {LARGEST_POWER}, above which the scale is infinite "
+            f"in fp32, got {fp16.initial_scale_power}"
+        )
 
 
 def _optimizer(config: DeepSpeedConfig) -> Lines:

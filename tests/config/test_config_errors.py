@@ -144,6 +144,12 @@ CONFLICTS = [
         ["fp16.min_loss_scale: expected a number above 0 with a dynamic loss scale, got 0"],
     ),
     (
+        {"fp16": {"enabled": True, "initial_scale_power": 128}},
+        [
+            "fp16.initial_scale_power: expected at most 127, above which the scale is infinite in fp32, got 128"
+        ],
+    ),
+    (
         {"fp16": {"enabled": True, "loss_scale_window": 0}},
         ["fp16.loss_scale_window: expected a number above 0 with a dynamic loss scale, got 0"],
     ),

@@ -60,7 +60,10 @@ def test_what_is_no_configuration_is_refused_with_the_accepted_forms(source):
         load_config(source)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "", "{'a'}"])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[1]", "", "{'a'}", '{"a": 1e999}', f'{{"a": {"9" * 5000}}}', '{"a":' * 2000 + "1" + "}" * 2000],
+)
 def test_a_broken_file_is_named(write, text):
     path = write(text)
     with pytest.raises(ConfigError, match=path.name):
