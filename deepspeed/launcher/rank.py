@@ -20,6 +20,8 @@ from deepspeed.launcher.record import Record
 
 STDERR = 2
 TAIL_LINES = 30
+UNNOTICED = 1.0
+"""Seconds a busy machine may take to tell the guard of a death; peers that lose the rank may speak before."""
 
 
 class Task(NamedTuple):
@@ -111,14 +113,16 @@ def _leave(guard: Guard, child: int, task: Task, tail: Tail | None) -> None:
     code, usage = guard.wait(child)
     if code != 0:
         last = tail.text() if tail else _crash_text()
-        found = record.read() or Record(guard.ended_at, code=code if code > 0 else None)
+        said = record.read()
+        ended = (said.time if said else guard.ended_at) >= guard.told_at
+        found = said or Record(guard.ended_at - UNNOTICED, code=code if code > 0 else None)
         unit = 1 if sys.platform == "darwin" else 1024
         record.write(
             found._replace(
                 text=found.text or last,
                 signal=max(0, -code),
                 peak=usage.ru_maxrss * unit,
-                ended=found.time >= guard.told_at,
+                ended=ended,
                 log=task.log.format(rank=os.environ["RANK"]),
             )
         )

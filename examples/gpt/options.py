@@ -103,7 +103,12 @@ def _shape_of_weights(weights: Path, given: dict[str, int]) -> Shape:
 
 def deepspeed_config(args: argparse.Namespace) -> dict[str, Any]:
     """Read the configuration file and put in what the command line decides: batch, lr, number of steps."""
-    config = _read_json(Path(args.deepspeed_config or EXAMPLES / "ds_config.json"))
+    path = Path(args.deepspeed_config or EXAMPLES / "ds_config.json")
+    config = _read_json(path)
+    if not config.get("optimizer"):
+        raise UserError(
+            f"--deepspeed_config: {path} has no section optimizer, which this script trains with; add it"
+        )
     if args.batch is not None:
         config.pop("train_batch_size", None)
         config["train_micro_batch_size_per_gpu"] = args.batch

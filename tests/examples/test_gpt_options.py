@@ -52,7 +52,11 @@ def test_flags_win_over_the_file(tmp_path):
 
 def test_without_flags_the_file_stands(tmp_path):
     file = tmp_path / "config.json"
-    written = {"train_batch_size": 64, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}}
+    written = {
+        "train_batch_size": 64,
+        "optimizer": {"type": "Adam"},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}},
+    }
     file.write_text(json.dumps(written))
     assert deepspeed_config(parse(["--deepspeed_config", str(file)])) == written
 
@@ -85,4 +89,7 @@ def test_a_configuration_that_cannot_be_read_is_named(tmp_path):
         deepspeed_config(parse(["--deepspeed_config", str(broken)]))
     broken.write_text("[1]")
     with pytest.raises(UserError, match="must hold one JSON object"):
+        deepspeed_config(parse(["--deepspeed_config", str(broken)]))
+    broken.write_text('{"train_batch_size": 8}')
+    with pytest.raises(UserError, match="has no section optimizer"):
         deepspeed_config(parse(["--deepspeed_config", str(broken)]))

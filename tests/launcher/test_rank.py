@@ -244,3 +244,12 @@ def test_a_script_that_forgot_it_leaves_torch_distributed_after_its_own_last_wor
     done = start_rank(tmp_path, write(tmp_path, source))
     assert done.communicate(timeout=60) == ("last words\nleft\n", "")
     assert done.returncode == 0
+
+
+def test_a_silent_death_is_dated_before_what_peers_say_of_it(tmp_path):
+    done = start_rank(
+        tmp_path, write(tmp_path, "import os, time\nos.write(1, str(time.time()).encode())\nos._exit(9)")
+    )
+    output, _ = done.communicate(timeout=60)
+    assert record_in(tmp_path)["time"] < float(output)
+    assert not record_in(tmp_path)["ended"]
