@@ -87,6 +87,8 @@ def build_parts(
     make_loader = partial(
         _make_loader, settings=settings, data_parallel=data_parallel, collate_fn=collate_fn, device=device
     )
+    if isinstance(training_data, torch.utils.data.DataLoader):
+        training_data = _dataset_of(training_data, settings)
     loader = None if training_data is None else make_loader(training_data, settings.batch.micro)
     return EngineParts(
         module=module,
@@ -248,11 +250,25 @@ def _schedule(settings: DeepSpeedConfig, client: Any, optimizer: ZeroOptimizer |
     if optimizer is None:
         return None
     if client is not None:
-        return client if hasattr(client, "step") else client(optimizer)
+        made = client if hasattr(client, "step") else client(optimizer)
+        if not hasattr(made, "step"):
+            raise ConfigError(
+                f"lr_scheduler: expected the callable to return a schedule with step(), got {made!r}; "
+                "it is called with the optimizer"
+            )
+        return made
     if settings.scheduler is None or settings.scheduler.type is None:
         return None
     resolve_scheduler(settings, optimizer_lr=optimizer.param_groups[0].get("lr"))
     return build_scheduler(settings.scheduler.type, dict(settings.scheduler.params or {}), optimizer)
+
+
+def _dataset_of(loader: torch.utils.data.DataLoader[Any], settings: DeepSpeedConfig) -> Any:
+    """Take the dataset of a user's loader; its batch size is what an "auto" micro-batch becomes."""
+    if settings.batch.micro is None and loader.batch_size is not None:
+        settings.complete_batch(loader.batch_size, "batch size of the loader given as training_data")
+        settings.announce_resolutions()
+    return loader.dataset
 
 
 def _make_loader(

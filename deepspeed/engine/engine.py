@@ -9,8 +9,10 @@ One training step:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,8 +73,12 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         self._no_sync = False
         self._scaled = False
         self._step_applied = False
+        self._accumulating = False
+        self._micro_batches = 0  # since the last update
         if self._reducer is not None:
-            self._reducer.on_implicit_backward = self._check_scaled
+            self._reducer.on_implicit_backward = partial(_implicit_backward, weakref.ref(self))
+        if self.optimizer is not None:
+            self.optimizer.owner = weakref.ref(self)
         self._frozen = [(name, p) for name, p in self.module.named_parameters() if not p.requires_grad]
         self._watch_hook = self.module.register_forward_hook(OutputWatch(self))
 
@@ -158,6 +164,7 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
             reducer.abort()
             raise
         reducer.end()
+        self._accumulating = not self.is_gradient_accumulation_boundary()
         for feature in self._features:
             feature.backward_end(self)
         return loss
@@ -169,8 +176,9 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         scaled: Tensor = loss.float() * optimizer.loss_scale
         return scaled
 
-    def _check_scaled(self) -> None:
-        """Refuse an fp16 ``loss.backward()`` whose loss nobody scaled: its gradients would vanish."""
+    def begin_implicit_backward(self) -> None:
+        """Take note of a ``loss.backward()``; refuse one in fp16 whose loss nobody scaled: gradients would vanish."""
+        self._accumulating = not self.is_gradient_accumulation_boundary()
         scaled, self._scaled = self._scaled, False
         if self.policy.loss_scaled and not scaled:
             raise UsageError(
@@ -180,7 +188,10 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
 
     def _prepare_reduction(self) -> None:
         """Tell the reducer whether the next backward is reduced or kept on this rank."""
-        if self._reducer is not None and not self._reducer.running:
+        if self._reducer is None:
+            return
+        self._reducer.recover()
+        if not self._reducer.running:
             due = self._sharding.reduce_every_backward or self.is_gradient_accumulation_boundary()
             self._reducer.sync = due and not self._no_sync
 
@@ -201,7 +212,7 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
             return self._boundary
         if not self.settings.managed_gradient_accumulation:
             return True
-        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+        return self._micro_batches + 1 >= self.gradient_accumulation_steps()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Decide, instead of the counter, whether this micro-batch is the last; holds until set again."""
@@ -219,16 +230,19 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         if at_boundary:
             self._update(lr_kwargs or {})
         self.micro_steps += 1
+        self._micro_batches = 0 if at_boundary else self._micro_batches + 1
         self.global_samples += (self.batch.micro or 0) * self.data_parallel.size
         if at_boundary:
             for feature in self._features:
                 feature.step_end(self)
 
     def _update(self, lr_kwargs: dict[str, Any]) -> None:
-        optimizer, _ = self._training_parts("step")
+        optimizer, reducer = self._training_parts("step")
         for feature in self._features:
             feature.step_start(self)
         self._warn_of_unfrozen()
+        reducer.recover()
+        self._accumulating = False
         self._step_applied = optimizer.step()
         self.global_steps += 1
         if not self._step_applied:
@@ -257,7 +271,9 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         """
         if self._reducer is None:
             self.module.zero_grad(set_to_none)
-        elif self.micro_steps % self.gradient_accumulation_steps() == 0:
+            return
+        self._reducer.recover()
+        if not self._accumulating:
             self._reducer.clear()
 
     # -- changing the batch -----------------------------------------------------------------------
@@ -288,7 +304,7 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         if route not in ("train", "eval", "predict"):
             raise UsageError(f'deepspeed_io: expected route "train", "eval" or "predict", got {route!r}')
         options = {"shuffle": route == "train", **options}
-        return self._make_loader(dataset, batch_size or self.batch.micro, **options)
+        return self._make_loader(dataset, self.batch.micro if batch_size is None else batch_size, **options)
 
     def compile(
         self, *args: Any, backend: Any = None, compile_kwargs: dict | None = None, **more: Any
@@ -317,15 +333,11 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
     def destroy(self) -> None:
         """Take the engine off the module: hooks are removed, buffers freed; the parameters stay whole."""
         self._watch_hook.remove()
-        if self._reducer is not None:
-            self._reducer.clear()
-            self._reducer.detach()
+        if self.optimizer is not None:
+            self.optimizer.detach()
         for feature in self._features:
             feature.close()
         self._features = []
-        for param in self.module.parameters():
-            if hasattr(param, "ds_slot"):
-                del param.ds_slot  # type: ignore[attr-defined]
         self.optimizer = self._reducer = self.lr_scheduler = None
 
     def _training_parts(self, call: str) -> tuple[Any, Any]:
@@ -346,3 +358,10 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
                     f"neither DeepSpeedEngine nor its module has an attribute {name!r}"
                 ) from None
             return getattr(module, name)
+
+
+def _implicit_backward(owner: weakref.ref[DeepSpeedEngine]) -> None:
+    """Tell an engine, if it is still there, of a backward that it did not start."""
+    engine = owner()
+    if engine is not None:
+        engine.begin_implicit_backward()

@@ -13,6 +13,7 @@ from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.common.logging import log_dist
 from deepspeed.config import load_config, resolve_from_model
+from deepspeed.engine.arguments import check_arguments
 from deepspeed.engine.build import build_parts
 from deepspeed.engine.engine import DeepSpeedEngine
 from deepspeed.engine.state import show_state
@@ -21,6 +22,7 @@ from deepspeed.errors import ConfigError
 from deepspeed.parallel.groups import axes
 from deepspeed.parallel.mesh import data_parallel_group
 from deepspeed.version import __version__
+from deepspeed.zero.slot import slot_of
 from deepspeed.zero.stage import RankGroup
 
 Initialized = tuple[DeepSpeedEngine, Any, Any, Any]
@@ -65,8 +67,17 @@ def initialize(
     Raises:
         ConfigError: an argument or a configuration key cannot be used; the message names it.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_arguments(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        mpu=mpu,
+        collate_fn=collate_fn,
+        mesh_param=mesh_param,
+    )
+    assert model is not None  # checked just now
     source = config_source(args, config, config_params)
     _destroy_earlier(model)
     if dist_init_required is not False:
@@ -147,7 +158,11 @@ def _use_own_device() -> None:
 
 def _destroy_earlier(model: nn.Module) -> None:
     """Take an earlier engine off a module that is initialized again: two would both move its gradients."""
-    for hook in list(model._forward_hooks.values()):
-        engine = hook.engine() if isinstance(hook, OutputWatch) else None
-        if engine is not None:
-            engine.destroy()
+    watches = [hook.engine() for hook in model._forward_hooks.values() if isinstance(hook, OutputWatch)]
+    slots = [slot_of(param) for param in model.parameters()]  # hooks may have been cleared
+    optimizers = {id(slot.optimizer): slot.optimizer for slot in slots if slot is not None}.values()
+    engines = [*watches, *(optimizer.owner() for optimizer in optimizers)]
+    for engine in {id(one): one for one in engines if one is not None}.values():
+        engine.destroy()
+    for optimizer in optimizers:  # of engines that nobody holds any more
+        optimizer.detach()

@@ -27,15 +27,37 @@ def choose_optimizer(
     if isinstance(client, torch.optim.Optimizer):
         optimizer = client
     else:
+        model_parameters = None if model_parameters is None else _listed(model_parameters)
         groups = param_groups(module, model_parameters)
         if client is not None:
-            optimizer = client(groups)
+            optimizer = _made_by(client, groups, in_groups=_are_groups(model_parameters))
         elif settings.optimizer is not None and settings.optimizer.type is not None and groups:
             optimizer = _configured(module, settings, settings.optimizer.type, groups)
         else:
             return None
     _drop_frozen(optimizer)
     return optimizer
+
+
+def _listed(model_parameters: Iterable[Any]) -> list[Any]:
+    return [model_parameters] if isinstance(model_parameters, Tensor) else list(model_parameters)
+
+
+def _are_groups(model_parameters: list[Any] | None) -> bool:
+    return bool(model_parameters) and isinstance(model_parameters[0], dict)  # type: ignore[index]
+
+
+def _made_by(
+    make: Callable[..., Any], groups: list[dict[str, Any]], *, in_groups: bool
+) -> torch.optim.Optimizer:
+    """Call the user's callable with what the user gave: param groups, or the parameters themselves."""
+    made = make(groups if in_groups else [param for group in groups for param in group["params"]])
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer: expected the callable to return a torch.optim.Optimizer, got {made!r}; "
+            "it is called with the parameters to train"
+        )
+    return made
 
 
 def _configured(
@@ -51,15 +73,18 @@ def _configured(
 
 def param_groups(module: nn.Module, model_parameters: Iterable[Any] | None) -> list[dict[str, Any]]:
     """Normalise parameters, named parameters or param groups to param groups of trainable parameters."""
-    if isinstance(model_parameters, Tensor):
-        model_parameters = [model_parameters]
-    given: list[Any] = list(module.parameters() if model_parameters is None else model_parameters)
+    given = _listed(module.parameters() if model_parameters is None else model_parameters)
     if model_parameters is not None and not given:
         raise ConfigError(
             "model_parameters: expected parameters to train, got none; an iterator such as model.parameters() "
             "is empty once it has been used: pass a fresh one, or nothing for all that require grad"
         )
-    if given and isinstance(given[0], dict):
+    if _are_groups(given):
+        for group in given:
+            if not isinstance(group, dict) or not isinstance(group.get("params"), Iterable):
+                raise ConfigError(
+                    f'model_parameters: expected param groups {{"params": [...], ...}}, got {group!r}'
+                )
         return [{**group, "params": _trainable(group["params"])} for group in given]
     params = _trainable(given)
     return [{"params": params}] if params else []

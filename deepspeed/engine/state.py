@@ -18,7 +18,7 @@ def show_state(engine: DeepSpeedEngine) -> None:
     from rich.console import Console
 
     if current_rank() == 0:
-        console = Console()
+        console = Console(markup=False)
         console.print(dtype_table(engine))
         console.print(render_config(engine.settings))
 

@@ -65,14 +65,16 @@ class UnitGradients:
 
     def start_reduce(self) -> None:
         """Lay the gradients out on the wire and start summing them over ranks; zeros where there are none."""
-        wire = self._pool.take(self.unit.layout.total, self.unit.dtypes.reduce)
         if self._local is None:
+            wire = self._pool.take(self.unit.layout.total, self.unit.dtypes.reduce)
             self._lay_out(self._take_from_autograd(), wire)
         else:
             self.keep_local()
-            wire.copy_(self._local)
-            self._pool.give(self._local)
-            self._local = None
+            wire, self._local = self._local, None
+            if self.unit.sharding.ranks > 1:  # alone, nothing is sent, so nothing is rounded
+                local = wire
+                wire = self._pool.take(local.numel(), self.unit.dtypes.reduce).copy_(local)
+                self._pool.give(local)
         if self._predivide != 1.0:
             wire.div_(self._predivide)
         self._send(wire)

@@ -25,7 +25,7 @@ from deepspeed.errors import UsageError
 from deepspeed.zero.gradients import UnitGradients
 from deepspeed.zero.leaves import Leaf, make_leaves, split_leaf, take_state
 from deepspeed.zero.reducer import Reducer
-from deepspeed.zero.slot import Slot
+from deepspeed.zero.slot import Slot, slot_of
 from deepspeed.zero.stage import RankGroup
 from deepspeed.zero.unit import Unit
 
@@ -74,6 +74,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         rules: clipping, averaging, overflow.
         scaler: loss scale; its `scale` divides the gradients.
         whole_parameters: give the inner optimizer whole parameters (see `leaves`).
+
+    Attributes:
+        owner: weak reference to the engine that this optimizer belongs to.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.rules = rules
         self.loss_scaler = scaler
         self.overflow = False
+        self.owner: Callable[[], Any] = _nobody
         self._reducer = reducer
         self._data_parallel = data_parallel
         self._norm: Tensor | None = None
@@ -191,6 +195,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
                         leaf.out.copy_(leaf.tensor)
                 unit.publish()
 
+    def detach(self) -> None:
+        """Leave the parameters alone from now on: hooks and gradients go."""
+        self._reducer.clear()
+        self._reducer.detach()
+        for unit in self.units:
+            for param in unit.params:
+                if slot_of(param) is not None:
+                    del param.ds_slot  # type: ignore[attr-defined]
+
     # -- what callers read ------------------------------------------------------------------------
 
     @property
@@ -237,6 +250,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             raise UsageError(
                 "optimizer.step: a closure cannot be used; gradients come from engine.backward(loss)"
             )
+        self.overflow = False
         for hook in self._hooks_before.values():
             hook(self, (), {})
         for unit in self.units:
@@ -266,7 +280,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             if not self.overflow:
                 self._update_plain(active, unused, scale)
         self._publish(active)
-        culprit = self._first_non_finite(active) if self.overflow and self.loss_scaler.dynamic else None
+        culprit = _first_non_finite(active) if self.overflow and self.loss_scaler.dynamic else None
         self._reducer.clear()
         self.loss_scaler.update(self.overflow, culprit)
 
@@ -331,6 +345,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         update_leaf = self.optimizer.update_leaf  # type: ignore[attr-defined]
         for leaf, grad in self._work(active, unused):
             update_leaf(leaf.tensor, leaf.group, grad, out=leaf.out, scale=scale, found_inf=found_inf)
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's schedules ask of the optimizer they drive
 
     def _update_plain(
         self, active: Sequence[UnitGradients], unused: set[nn.Parameter], scale: Tensor | None
@@ -356,14 +371,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if before is not None:
             before.wait()
 
-    def _first_non_finite(self, active: Sequence[UnitGradients]) -> str | None:
-        """Name the first parameter in this rank's shards whose gradient is inf or nan."""
-        for gradients in active:
-            for piece in gradients.unit.my_pieces() if gradients.shard is not None else ():
-                part = gradients.shard[piece.shard_start : piece.shard_stop]  # type: ignore[index]
-                if not bool(torch.isfinite(part).all()):
-                    return gradients.unit.names[piece.index]
-        return None
+
+def _first_non_finite(active: Sequence[UnitGradients]) -> str | None:
+    """Name the first parameter in this rank's shards whose gradient is inf or nan."""
+    for gradients in active:
+        for piece in gradients.unit.my_pieces() if gradients.shard is not None else ():
+            part = gradients.shard[piece.shard_start : piece.shard_stop]  # type: ignore[index]
+            if not bool(torch.isfinite(part).all()):
+                return gradients.unit.names[piece.index]
+    return None
 
 
 def _refuse_unused(units: Sequence[Unit], unused: set[nn.Parameter]) -> None:
@@ -400,3 +416,7 @@ def _register(hooks: OrderedDict[int, Callable], hook: Callable) -> torch.utils.
     handle = torch.utils.hooks.RemovableHandle(hooks)
     hooks[handle.id] = hook
     return handle
+
+
+def _nobody() -> None:
+    """The owner of an optimizer that no engine has."""

@@ -53,7 +53,7 @@ class Reducer:
         self._in_flight = in_flight
         self._task: int | None = None  # autograd's number of the outermost running backward
         self._eager = True
-        self._arrived_any = False
+        self._outermost: int | None = None  # autograd's number of a backward that nobody announced
         self._hooks = [
             param.register_post_accumulate_grad_hook(partial(self._arrived, gradients))
             for gradients in self.gradients
@@ -62,13 +62,13 @@ class Reducer:
 
     def watch(self, output: Tensor) -> None:
         """See the start of any backward that runs through `output`, whoever calls it."""
-        output.register_hook(self._output_reached)
+        if not output.is_leaf:  # of a parameter that forward returns, gradients are seen anyway
+            output.register_hook(self._output_reached)
 
     def begin(self) -> None:
         """Open a backward; `end` closes it."""
         self._turn = self._landed = 0
         self._eager = True
-        self._arrived_any = False
         self._task = -1
         for gradients in self.gradients:
             gradients.begin_backward()
@@ -92,6 +92,13 @@ class Reducer:
         while self._landed < self._turn:
             self._land_next()
         self.clear()
+
+    def recover(self) -> None:
+        """Drop a backward that raised without anybody noticing: ``loss.backward()`` in the user's own try."""
+        if torch._C._current_graph_task_id() == -1:
+            self._outermost = None
+            if self._task is not None:
+                self.abort()
 
     def flush(self) -> None:
         """Reduce what earlier backwards kept on this rank."""
@@ -119,29 +126,31 @@ class Reducer:
 
     def _output_reached(self, _grad: Tensor) -> None:
         """Open a backward that the user started with ``loss.backward()``, in the outermost graph task."""
-        if self._task is None:
-            self._begin_implicit()
+        if self._task is None and self._outermost is None:
+            self._outermost = torch._C._current_graph_task_id()
+            Variable._execution_engine.queue_callback(self._end_implicit)
         if self._task == -1:
             self._task = torch._C._current_graph_task_id()
 
     def _begin_implicit(self) -> None:
+        """Open a backward at its first gradient: one that accumulates none (torch.autograd.grad) changes nothing."""
+        if self._outermost is None:
+            self._outermost = torch._C._current_graph_task_id()
+            Variable._execution_engine.queue_callback(self._end_implicit)
         self.on_implicit_backward()
         self.begin()
-        self._task = torch._C._current_graph_task_id()
-        Variable._execution_engine.queue_callback(self._end_implicit)
+        self._task = self._outermost
 
     def _end_implicit(self) -> None:
-        if self._arrived_any:
+        self._outermost = None
+        if self._task is not None:
             self.end()
-        else:  # torch.autograd.grad: nothing was accumulated, here or on any other rank
-            self._task = None
 
     def _arrived(self, gradients: UnitGradients, param: nn.Parameter) -> None:
         if not getattr(param, "ds_grad_is_ready", True):
             return
         if self._task is None:
             self._begin_implicit()
-        self._arrived_any = True
         task = torch._C._current_graph_task_id()
         if self._task == -1:
             self._task = task
