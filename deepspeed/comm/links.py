@@ -35,7 +35,7 @@ from torch import Tensor
 from deepspeed.errors import CommunicationError
 
 SIGNAL = struct.Struct("<cQQQ")  # kind, number of the call, room, bytes of the room
-READY, DONE = b"r", b"d"
+READY, DONE, SHARE = b"r", b"d", b"s"
 PAGE = mmap.PAGESIZE
 PATIENCE = 60.0  # seconds for all ranks of a group to connect
 
@@ -74,6 +74,7 @@ class Links:
         self._rooms: list[Room] = []
         self._theirs: dict[tuple[int, int], Room] = {}
         self._announced: dict[tuple[int, int], Room] = {}
+        self._shared: dict[tuple[int, int], int] = {}
         self._reading: dict[int, Room] = {}
         self._unknown: dict[int, int] = {}  # descriptors of rooms that the peers do not have yet
         self._calls = 0
@@ -116,10 +117,7 @@ class Links:
             CommunicationError: the peer is gone, or did not come in time.
         """
         while (peer, call) not in self._announced:
-            if not self._receive(peer):
-                raise CommunicationError(
-                    f"rank {peer} of the group ended while rank {self.rank} waited for it"
-                )
+            self._receive_or_raise(peer)
         return self._announced.pop((peer, call))
 
     def is_here(self, call: int) -> bool:
@@ -133,12 +131,27 @@ class Links:
             with contextlib.suppress(ConnectionError):
                 self._send(peer, SIGNAL.pack(DONE, call, 0, 0))
 
+    def share(self, descriptor: int) -> dict[int, int]:
+        """Give every peer a file descriptor, and return the one that each of them gave, by rank."""
+        self._calls += 1
+        call = self._calls
+        for peer in self._sockets:
+            self._send(peer, SIGNAL.pack(SHARE, call, 0, 0), descriptor)
+        for peer in self._sockets:
+            while (peer, call) not in self._shared:
+                self._receive_or_raise(peer)
+        return {peer: self._shared.pop((peer, call)) for peer in self._sockets}
+
     def _drain(self) -> None:
         """Take the signals that have arrived."""
         while arrived := self._poll.poll(0):
             for descriptor, _ in arrived:
                 if not self._receive(self._peer_of[descriptor]):
                     self._poll.unregister(descriptor)
+
+    def _receive_or_raise(self, peer: int) -> None:
+        if not self._receive(peer):
+            raise CommunicationError(f"rank {peer} of the group ended while rank {self.rank} waited for it")
 
     def _receive(self, peer: int) -> bool:
         """Wait for one signal and take it; False where the peer has ended."""
@@ -162,6 +175,9 @@ class Links:
             room.readers.discard(peer)
             if not room.readers:
                 del self._reading[call]
+            return
+        if kind == SHARE:
+            self._shared[peer, call] = descriptors[0]
             return
         if descriptors:
             self._theirs[peer, index] = Room(descriptors[0], nbytes, index)

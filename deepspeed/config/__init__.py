@@ -6,7 +6,7 @@ batch.py, auto.py, rules.py and unbuilt.py.
 
 from deepspeed.config.auto import resolve_from_model, resolve_scheduler
 from deepspeed.config.batch import BatchSizes
-from deepspeed.config.loading import load_config
+from deepspeed.config.loading import load_config, read_config
 from deepspeed.config.root import DeepSpeedConfig
 from deepspeed.config.unbuilt import refuse_unbuilt
 
@@ -14,6 +14,7 @@ __all__ = [
     "BatchSizes",
     "DeepSpeedConfig",
     "load_config",
+    "read_config",
     "refuse_unbuilt",
     "resolve_from_model",
     "resolve_scheduler",

@@ -38,16 +38,21 @@ def load_config(
     does not exist yet raise NotBuiltError when they ask for something, unless `refuse_unbuilt` is False.
     Raises ConfigError with one line for each wrong key.
     """
-    raw = source if isinstance(source, Mapping) else parse(source)
-    done = modernise(_copy(raw))
-    config = _build(raw, done)
-    resolve_precision(config, bf16_supported=bf16_supported)
+    config = read_config(source, bf16_supported=bf16_supported)
     check(config)
     if refuse_unbuilt:
         refuse(config)
     _solve_batch(config, _data_parallel_size(config, world_size))
     _set_log_level(config)
     report_inert(config)
+    return config
+
+
+def read_config(source: Source, *, bf16_supported: bool = True) -> DeepSpeedConfig:
+    """Read and type a configuration, as long as its batch sizes may still be unknown; see `load_config`."""
+    raw = source if isinstance(source, Mapping) else parse(source)
+    config = _build(raw, modernise(_copy(raw)))
+    resolve_precision(config, bf16_supported=bf16_supported)
     return config
 
 

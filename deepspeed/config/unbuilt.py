@@ -66,23 +66,7 @@ def _techniques() -> list[Unbuilt]:
 
 
 ZERO = "zero_optimization"
-STAGE_3 = (
-    "stage3_*",
-    "leaf_module.*",
-    "memory_efficient_linear",
-    "override_module_apply",
-    "pipeline_loading_checkpoint",
-    "save_muon_momentum_buffer_in_memory",
-    "sub_group_size",
-)
 TABLE = [
-    Unbuilt(
-        f"{ZERO}.stage",
-        "sharding of parameters (stage 3)",
-        _above(2),
-        "use stage 0, 1 or 2",
-        settings=tuple(f"{ZERO}.{name}" for name in STAGE_3),
-    ),
     Unbuilt(f"{ZERO}.offload_param.device", "offload", _offloads, settings=(f"{ZERO}.offload_param.*",)),
     Unbuilt(
         f"{ZERO}.offload_optimizer.device",
@@ -92,7 +76,6 @@ TABLE = [
     ),
     Unbuilt(f"{ZERO}.offload_optimizer.super_offload", "SuperOffload"),
     Unbuilt(f"{ZERO}.zenflow", "ZenFlow", _given, settings=(f"{ZERO}.zenflow.*",)),
-    Unbuilt(f"{ZERO}.zero_hpz_partition_size", "hpZ", _above(1)),
     Unbuilt(f"{ZERO}.zero_quantized_weights", "quantised gathers"),
     Unbuilt(f"{ZERO}.zero_quantized_nontrainable_weights", "quantised frozen weights"),
     Unbuilt(f"{ZERO}.zero_quantized_gradients", "quantised reductions"),
@@ -101,9 +84,6 @@ TABLE = [
         "error feedback of quantised reductions",
         _given,
         settings=(f"{ZERO}.zeropp_loco_param.*",),
-    ),
-    Unbuilt(
-        f"{ZERO}.mics_shard_size", "MiCS", _above(0), settings=(f"{ZERO}.mics_hierarchical_params_gather",)
     ),
     Unbuilt(f"{ZERO}.load_from_fp32_weights", "loading master weights from rounded ones", _is(False)),
     Unbuilt(

@@ -20,15 +20,17 @@ from deepspeed.config.batch import BatchSizes
 from deepspeed.data import DeepSpeedDataLoader
 from deepspeed.engine.feature import Feature
 from deepspeed.engine.features import make_features
-from deepspeed.engine.optimizers import choose_optimizer, leaf_kind
+from deepspeed.engine.optimizers import choose_optimizer
+from deepspeed.engine.sharding import ShardedModule, choose_sharding, shard_module
 from deepspeed.errors import ConfigError
 from deepspeed.precision.loss_scaler import create_loss_scaler
 from deepspeed.precision.policy import PrecisionPolicy, dtype_named, lowered_parameters
 from deepspeed.schedules import build_scheduler
+from deepspeed.zero.gatherer import Gatherer
 from deepspeed.zero.optimizer import StepRules, ZeroOptimizer
-from deepspeed.zero.partition import make_units
 from deepspeed.zero.reducer import Reducer
-from deepspeed.zero.stage import RankGroup, Sharding, sharding_for_stage
+from deepspeed.zero.slot import slot_of
+from deepspeed.zero.stage import RankGroup, Sharding
 
 
 @dataclass
@@ -44,6 +46,7 @@ class EngineParts:
     device: torch.device
     optimizer: ZeroOptimizer | None
     reducer: Reducer | None
+    gatherer: Gatherer | None
     lr_scheduler: Any
     training_dataloader: Any
     make_loader: Callable[..., Any]
@@ -78,11 +81,12 @@ def build_parts(
     """
     device = torch.device(get_accelerator().current_device_name())
     policy = precision_policy(settings, module)
-    sharding = sharding_for_stage(int(settings.zero_optimization.stage), data_parallel)
+    sharding = choose_sharding(settings, data_parallel)
     inner = choose_optimizer(module, settings, client_optimizer, model_parameters)
+    sharded = shard_module(module, inner, settings, policy, sharding, device)
     optimizer = reducer = None
     if inner is not None:
-        reducer, optimizer = _shard(module, inner, settings, policy, sharding, data_parallel, device)
+        reducer, optimizer = _make_optimizer(inner, sharded, settings, policy, data_parallel, device)
     _place_rest(module, policy, data_parallel, device, dtype_of_buffers(settings))
     make_loader = partial(
         _make_loader, settings=settings, data_parallel=data_parallel, collate_fn=collate_fn, device=device
@@ -100,6 +104,7 @@ def build_parts(
         device=device,
         optimizer=optimizer,
         reducer=reducer,
+        gatherer=sharded.gatherer,
         lr_scheduler=_schedule(settings, client_scheduler, optimizer),
         training_dataloader=loader,
         make_loader=make_loader,
@@ -146,38 +151,21 @@ def dtype_of_buffers(settings: DeepSpeedConfig) -> torch.dtype | None:
     return dtype_named(name) if name else None
 
 
-def _shard(
-    module: nn.Module,
+def _make_optimizer(
     inner: torch.optim.Optimizer,
+    sharded: ShardedModule,
     settings: DeepSpeedConfig,
     policy: PrecisionPolicy,
-    sharding: Sharding,
     data_parallel: RankGroup,
     device: torch.device,
 ) -> tuple[Reducer, ZeroOptimizer]:
-    group_index = {
-        id(param): index for index, group in enumerate(inner.param_groups) for param in group["params"]
-    }
-    named = [pair for pair in module.named_parameters() if id(pair[1]) in group_index]
-    _check_all_named(inner, named)
-    _check_real(named)
-    whole_parameters = leaf_kind(inner, sharding) == "whole"
     zero = settings.zero_optimization
-    units = make_units(
-        named,
-        sharding,
-        policy,
-        group_index=group_index,
-        whole_parameters=whole_parameters,
-        max_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
-        device=device,
-    )
     mean = settings.gradient_allreduce_op.lower() == "mean"
     predivide = 1.0
     if mean:
         predivide = data_parallel.size if settings.prescale_gradients else settings.gradient_predivide_factor
-    reducer = Reducer(units, device, predivide=predivide, in_flight=1 if zero.overlap_comm is False else 2)
-    scaler = create_loss_scaler(settings.fp16, enabled=policy.loss_scaled)
+    in_flight = 1 if zero.overlap_comm is False else 2
+    reducer = Reducer(sharded.trained, device, predivide=predivide, in_flight=in_flight)
     rules = StepRules(
         clip=settings.gradient_clipping,
         divide_by=(data_parallel.size if mean else 1) / predivide,
@@ -190,30 +178,11 @@ def _shard(
         reducer,
         data_parallel=data_parallel,
         rules=rules,
-        scaler=scaler,
-        whole_parameters=whole_parameters,
+        scaler=create_loss_scaler(settings.fp16, enabled=policy.loss_scaled),
+        whole_parameters=sharded.whole_parameters,
+        gatherer=sharded.gatherer,
     )
     return reducer, optimizer
-
-
-def _check_all_named(inner: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]]) -> None:
-    known = {id(param) for _, param in named}
-    for index, group in enumerate(inner.param_groups):
-        for param in group["params"]:
-            if id(param) not in known:
-                raise ConfigError(
-                    f"optimizer: expected parameters of the model, got a tensor of shape {tuple(param.shape)} "
-                    f"in param group {index} that the model does not have; build the optimizer after the model"
-                )
-
-
-def _check_real(named: list[tuple[str, nn.Parameter]]) -> None:
-    for name, param in named:
-        if param.is_complex():
-            raise ConfigError(
-                f"{name}: expected a real parameter, got {param.dtype}; keep its real and imaginary parts "
-                "(torch.view_as_real) as the parameter"
-            )
 
 
 def _place_rest(
@@ -226,7 +195,7 @@ def _place_rest(
     """Move and cast what is in no unit (frozen parameters, buffers), and make it equal on all ranks."""
     rest: list[torch.Tensor] = []
     for param in module.parameters():
-        if not hasattr(param, "ds_slot"):
+        if slot_of(param) is None:
             dtype = (
                 policy.storage if policy.storage is not None and param.is_floating_point() else param.dtype
             )

@@ -65,6 +65,7 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         self.mpu = parts.mpu
         self.global_steps = self.micro_steps = self.global_samples = self.skipped_steps = 0
         self._reducer = parts.reducer
+        self._gatherer = parts.gatherer
         self._sharding = parts.sharding
         self._features: list[Feature] = parts.features
         self._make_loader: Callable[..., Any] = parts.make_loader
@@ -331,14 +332,20 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         raise NotBuiltError("engine.load_checkpoint: not built yet; load weights into the module instead")
 
     def destroy(self) -> None:
-        """Take the engine off the module: hooks are removed, buffers freed; the parameters stay whole."""
+        """Take the engine off the module: hooks are removed, buffers freed.
+
+        Parameters stay where they are: whole, or at stage 3 sharded as ``zero.Init`` leaves them, to be read
+        under ``zero.GatheredParameters`` or given to another engine.
+        """
         self._watch_hook.remove()
         if self.optimizer is not None:
             self.optimizer.detach()
         for feature in self._features:
             feature.close()
         self._features = []
-        self.optimizer = self._reducer = self.lr_scheduler = None
+        if self._gatherer is not None:
+            self._gatherer.detach()
+        self.optimizer = self._reducer = self._gatherer = self.lr_scheduler = None
 
     def _training_parts(self, call: str) -> tuple[Any, Any]:
         if self.optimizer is None or self._reducer is None:

@@ -22,7 +22,7 @@ from deepspeed.errors import ConfigError
 from deepspeed.parallel.groups import axes
 from deepspeed.parallel.mesh import data_parallel_group
 from deepspeed.version import __version__
-from deepspeed.zero.slot import slot_of
+from deepspeed.zero.slot import trained_slot
 from deepspeed.zero.stage import RankGroup
 
 Initialized = tuple[DeepSpeedEngine, Any, Any, Any]
@@ -159,7 +159,7 @@ def _use_own_device() -> None:
 def _destroy_earlier(model: nn.Module) -> None:
     """Take an earlier engine off a module that is initialized again: two would both move its gradients."""
     watches = [hook.engine() for hook in model._forward_hooks.values() if isinstance(hook, OutputWatch)]
-    slots = [slot_of(param) for param in model.parameters()]  # hooks may have been cleared
+    slots = [trained_slot(param) for param in model.parameters()]  # hooks may have been cleared
     optimizers = {id(slot.optimizer): slot.optimizer for slot in slots if slot is not None}.values()
     engines = [*watches, *(optimizer.owner() for optimizer in optimizers)]
     for engine in {id(one): one for one in engines if one is not None}.values():

@@ -66,7 +66,7 @@ class PrecisionPolicy:
 
     def of(self, param: nn.Parameter) -> ParamDtypes:
         """Return the number formats of `param`."""
-        storage = self.storage or param.dtype
+        storage = self.storage if self.storage is not None and param.is_floating_point() else param.dtype
         wide = torch.promote_types(storage, torch.float32)
         reduce = self.reduce or (self.autocast if id(param) in self.lowered else None) or storage
         return ParamDtypes(storage, reduce, self.accumulate or wide, self.master or wide)

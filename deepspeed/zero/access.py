@@ -6,31 +6,35 @@ the same parameters in the same order. The *local* ones see this rank's piece, f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from deepspeed import comm
 from deepspeed.errors import UsageError
 from deepspeed.zero.leaves import Leaf
-from deepspeed.zero.slot import Slot, slot_of
+from deepspeed.zero.slot import TrainedSlot, trained_slot
+from deepspeed.zero.unit import Unit
 
 
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     """Return a parameter's master weight, whole (fp32 in the parameter's shape); None if it is not trained."""
-    slot = slot_of(param)
+    slot = trained_slot(param)
     if slot is None:
         return None
-    slot.gradients.unit.adopt_edits()
-    return _whole(slot, slot.gradients.unit.master)
+    slot.unit.adopt_edits()
+    return _whole(slot, slot.unit.master)
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Set a parameter's master weight and the weight itself; `value` has the parameter's shape."""
     slot = _trained(param)
     _check_shape(param, value)
-    with torch.no_grad():
-        _write(slot, slot.gradients.unit.master, value)
-        param.data.copy_(value)
+    with torch.no_grad(), _changing(slot.unit):
+        slot.unit.write(slot.index, value)
+        _write(slot, slot.unit.master, value)
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
@@ -38,7 +42,7 @@ def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
 
     None if the parameter is not trained, or nothing was reduced since the last step.
     """
-    slot = slot_of(param)
+    slot = trained_slot(param)
     if slot is None or slot.gradients.shard is None:
         return None
     return _whole(slot, slot.gradients.shard) / slot.optimizer.gradient_divisor
@@ -55,7 +59,7 @@ def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
 
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
     """Return one state tensor (``exp_avg``, ...) of a parameter, whole; None before the first step."""
-    slot = slot_of(param)
+    slot = trained_slot(param)
     if slot is None:
         return None
     local = _local_state(slot, optim_state_key)
@@ -73,24 +77,25 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
 
 def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor | None:
     """Return this rank's piece of the master weight (flat), None where it has none."""
-    slot = slot_of(param)
-    return None if slot is None else _local(slot, slot.gradients.unit.master)
+    slot = trained_slot(param)
+    return None if slot is None else _local(slot, slot.unit.master)
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Set this rank's piece of the master weight and of the stored weight; every rank sets its own."""
     slot = _trained(param)
-    unit = slot.gradients.unit
-    for shard in (unit.master, unit.mine):
-        local = _local(slot, shard)
-        if local is not None:
-            local.copy_(value.reshape(-1))
-    unit.publish()
+    unit = slot.unit
+    with torch.no_grad(), _changing(unit):
+        for shard in (unit.master, unit.mine):
+            local = _local(slot, shard)
+            if local is not None:
+                local.copy_(value.reshape(-1))
+        unit.publish()
 
 
 def safe_get_local_grad(param: nn.Parameter) -> Tensor | None:
     """Return this rank's piece of the gradient (flat, averaged and unscaled), None where it has none."""
-    slot = slot_of(param)
+    slot = trained_slot(param)
     if slot is None or slot.gradients.shard is None:
         return None
     local = _local(slot, slot.gradients.shard)
@@ -107,7 +112,7 @@ def safe_set_local_grad(param: nn.Parameter, value: Tensor) -> None:
 
 def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
     """Return this rank's piece of a state tensor (flat), None where it has none."""
-    slot = slot_of(param)
+    slot = trained_slot(param)
     return None if slot is None else _local_state(slot, optim_state_key)
 
 
@@ -118,8 +123,17 @@ def safe_set_local_optimizer_state(param: nn.Parameter, value: Tensor, optim_sta
         local.copy_(value.reshape(-1))
 
 
-def _trained(param: nn.Parameter) -> Slot:
-    slot = slot_of(param)
+@contextmanager
+def _changing(unit: Unit) -> Iterator[None]:
+    """Change what a unit holds; what was gathered of it is out of date afterwards."""
+    if unit.users == 0:
+        unit.release()
+    with unit.changing():
+        yield
+
+
+def _trained(param: nn.Parameter) -> TrainedSlot:
+    slot = trained_slot(param)
     if slot is None:
         raise UsageError("parameter: expected one that an engine trains, got one that is frozen or foreign")
     return slot
@@ -130,12 +144,12 @@ def _check_shape(param: nn.Parameter, value: Tensor) -> None:
         raise UsageError(f"value: expected shape {tuple(param.shape)}, got {tuple(value.shape)}")
 
 
-def _local(slot: Slot, shard: Tensor) -> Tensor | None:
+def _local(slot: TrainedSlot, shard: Tensor) -> Tensor | None:
     piece = slot.my_piece()
     return None if piece is None else shard[piece.shard_start : piece.shard_stop]
 
 
-def _local_state(slot: Slot, key: str) -> Tensor | None:
+def _local_state(slot: TrainedSlot, key: str) -> Tensor | None:
     piece = slot.my_piece()
     if piece is None:
         return None
@@ -147,18 +161,18 @@ def _local_state(slot: Slot, key: str) -> Tensor | None:
     return value.view(-1)[start : start + piece.numel]
 
 
-def _leaf_with(slot: Slot, position: int) -> Leaf:
-    leaves = slot.optimizer.leaves_of(slot.gradients.unit)
+def _leaf_with(slot: TrainedSlot, position: int) -> Leaf:
+    leaves = slot.optimizer.leaves_of(slot.unit)
     return next(leaf for leaf in leaves if leaf.start <= position < leaf.stop)
 
 
-def _whole(slot: Slot, shard: Tensor) -> Tensor:
+def _whole(slot: TrainedSlot, shard: Tensor) -> Tensor:
     return _assemble(slot, _local(slot, shard))
 
 
-def _assemble(slot: Slot, local: Tensor | None) -> Tensor:
+def _assemble(slot: TrainedSlot, local: Tensor | None) -> Tensor:
     """Put the pieces of all ranks together: each writes its own into zeros, and the sum is the whole."""
-    unit, piece = slot.gradients.unit, slot.my_piece()
+    unit, piece = slot.unit, slot.my_piece()
     shape = unit.params[slot.index].shape
     whole = torch.zeros(shape.numel(), dtype=torch.float32, device=unit.flat.device)
     if local is not None and piece is not None:
@@ -169,16 +183,16 @@ def _assemble(slot: Slot, local: Tensor | None) -> Tensor:
     return whole.view(shape)
 
 
-def _anywhere(slot: Slot, present: bool) -> bool:
-    group = slot.gradients.unit.sharding.shard_group
+def _anywhere(slot: TrainedSlot, present: bool) -> bool:
+    group = slot.unit.sharding.shard_group
     if group.size == 1:
         return present
-    flag = torch.tensor(float(present), device=slot.gradients.unit.flat.device)
+    flag = torch.tensor(float(present), device=slot.unit.flat.device)
     comm.all_reduce(flag, group=group.process_group)
     return bool(flag > 0)
 
 
-def _write(slot: Slot, shard: Tensor, value: Tensor) -> None:
+def _write(slot: TrainedSlot, shard: Tensor, value: Tensor) -> None:
     piece = slot.my_piece()
     if piece is not None:
         shard[piece.shard_start : piece.shard_stop] = value.reshape(-1)[piece.param_start : piece.param_stop]

@@ -3,12 +3,14 @@
 At stages 0 to 2 a unit is what is reduced in one collective, so two sizes bound it: `max_numel`
 (`reduce_bucket_size`) from above, and MERGE_NUMEL from below, under which a collective of its own costs
 more than waiting for the neighbours. Larger units would be sent later, and need larger buffers.
+
+At stage 3 a unit is what is gathered around the forward of a module, so modules decide (`group_blocks`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from itertools import groupby
 
 from torch import nn
@@ -46,6 +48,49 @@ def group_parameters(
                     open_units[kind] = part
                     units.append(part)
     return units
+
+
+def group_blocks(
+    named: Iterable[NamedParameter],
+    key: Callable[[nn.Parameter], Hashable],
+    together: Collection[str],
+    live_numel: int,
+) -> list[list[NamedParameter]]:
+    """Split parameters into the lists that are gathered and released together.
+
+    A repeated block is one, so is a module of `together`, and every other module that owns parameters. What is
+    called block by block then needs one gather for each, and modules inside a block may be called or not, on
+    each rank as it likes. A block of more than `live_numel` elements is split into the modules that own them.
+
+    Args:
+        named: unique (name, parameter) pairs in registration order.
+        key: parameters whose keys differ never share a list.
+        together: names of modules whose parameters belong together.
+        live_numel: most elements that may be gathered.
+    """
+    parts: dict[str, list[NamedParameter]] = {}
+    for pair in named:
+        parts.setdefault(_part_of(pair[0], together), []).append(pair)
+    lists: list[list[NamedParameter]] = []
+    for name, members in parts.items():
+        fine = [members]
+        if name not in together and _numel(members) > live_numel:
+            fine = [list(group) for _, group in groupby(members, key=lambda pair: _owner_of(pair[0]))]
+        for part in fine:
+            lists.extend(_by_key(part, key).values())
+    return lists
+
+
+def _part_of(name: str, together: Collection[str]) -> str:
+    owner = _owner_of(name)
+    steps = owner.split(".")
+    prefixes = [".".join(steps[: depth + 1]) for depth in range(len(steps))]
+    chosen = [prefix for prefix in prefixes if prefix in together]
+    return chosen[0] if chosen else _block_of(name) or owner
+
+
+def _owner_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _fits(current: list[NamedParameter], part: list[NamedParameter], max_numel: int) -> bool:

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from deepspeed import comm
 from deepspeed.errors import UsageError
+from deepspeed.zero.gatherer import Gatherer
 from deepspeed.zero.gradients import UnitGradients
 from deepspeed.zero.leaves import Leaf, make_leaves, split_leaf, take_state
 from deepspeed.zero.reducer import Reducer
-from deepspeed.zero.slot import Slot, slot_of
+from deepspeed.zero.slot import TrainedSlot, forget_slot
 from deepspeed.zero.stage import RankGroup
 from deepspeed.zero.unit import Unit
 
@@ -74,9 +75,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         rules: clipping, averaging, overflow.
         scaler: loss scale; its `scale` divides the gradients.
         whole_parameters: give the inner optimizer whole parameters (see `leaves`).
+        gatherer: of the parameters that are released between uses, or None.
 
     Attributes:
         owner: weak reference to the engine that this optimizer belongs to.
+        parameter_offload: the gatherer, under the name that scripts look for.
     """
 
     def __init__(
@@ -88,8 +91,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         rules: StepRules,
         scaler: LossScale,
         whole_parameters: bool,
+        gatherer: Gatherer | None = None,
     ) -> None:
         self.optimizer = inner
+        self.parameter_offload = gatherer
         self.rules = rules
         self.loss_scaler = scaler
         self.overflow = False
@@ -101,9 +106,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._hooks_after: OrderedDict[int, Callable] = OrderedDict()
         self._leaves = self._replace_params(whole_parameters)
         self._fuses = hasattr(inner, "update_leaf")
+        if gatherer is not None:
+            reducer.on_complete = gatherer.gradients_arrived
         for gradients in reducer.gradients:
             for index, param in enumerate(gradients.unit.params):
-                param.ds_slot = Slot(self, gradients, index)  # type: ignore[attr-defined]
+                param.ds_slot = TrainedSlot(gradients.unit, index, self, gradients)  # type: ignore[attr-defined]
 
     def _replace_params(self, whole_parameters: bool) -> dict[Unit, list[Leaf]]:
         group_of = {id(param): group for group in self.optimizer.param_groups for param in group["params"]}
@@ -190,10 +197,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.loss_scaler.load_state_dict(state_dict["loss_scaler"])
         with torch.no_grad():
             for unit, leaves in self._leaves.items():
-                for leaf in leaves:
-                    if leaf.out is not None:
-                        leaf.out.copy_(leaf.tensor)
-                unit.publish()
+                with unit.changing():
+                    for leaf in leaves:
+                        if leaf.out is not None:
+                            leaf.out.copy_(leaf.tensor)
+                    unit.publish()
 
     def detach(self) -> None:
         """Leave the parameters alone from now on: hooks and gradients go."""
@@ -201,8 +209,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._reducer.detach()
         for unit in self.units:
             for param in unit.params:
-                if slot_of(param) is not None:
-                    del param.ds_slot  # type: ignore[attr-defined]
+                forget_slot(param)
 
     # -- what callers read ------------------------------------------------------------------------
 
@@ -253,6 +260,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.overflow = False
         for hook in self._hooks_before.values():
             hook(self, (), {})
+        if self.parameter_offload is not None:
+            self.parameter_offload.end_step()
         for unit in self.units:
             unit.adopt_edits()
         self._reducer.flush()
@@ -362,7 +371,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _publish(self, active: Sequence[UnitGradients]) -> None:
         """Spread the updated shards, each unit while the next is sent: more at once would need room for all."""
-        before = None
+        before: Any = None
         for gradients in active:
             work = gradients.unit.publish(async_op=True)
             if before is not None:
@@ -370,6 +379,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             before = work
         if before is not None:
             before.wait()
+        for unit in [one.unit for one in active if one.unit.reads_alone][:1]:  # they share what is settled
+            unit.settle()
 
 
 def _first_non_finite(active: Sequence[UnitGradients]) -> str | None:

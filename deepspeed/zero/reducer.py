@@ -38,6 +38,7 @@ class Reducer:
     Attributes:
         sync: whether the next backward reduces (False: it accumulates on this rank only).
         on_implicit_backward: called when a backward starts that nobody announced with `begin`.
+        on_complete: called with a unit whose parameters all have their gradients of this backward.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Reducer:
         self.gradients = [UnitGradients(unit, pool, predivide=predivide) for unit in units]
         self.sync = True
         self.on_implicit_backward: Callable[[], None] = _nothing
+        self.on_complete: Callable[[Unit], None] = _nothing
         self._order = list(reversed(self.gradients))
         self._turn = 0
         self._landed = 0
@@ -157,6 +159,8 @@ class Reducer:
         elif task != self._task:
             self._eager = False  # see Note [Backward inside backward]
         gradients.missing -= 1
+        if gradients.missing == 0:
+            self.on_complete(gradients.unit)
         if self._eager:
             while self._turn < len(self._order) and self._order[self._turn].missing <= 0:
                 self._take_turn()
@@ -177,5 +181,5 @@ class Reducer:
         self._landed += 1
 
 
-def _nothing() -> None:
-    """What happens at an unannounced backward unless somebody asked."""
+def _nothing(*_: object) -> None:
+    """What happens at a moment that nobody asked for."""

@@ -1,23 +1,44 @@
 """Unit: parameters that travel together, back to back in one flat buffer.
 
 flat     [ p0 ........ | p1 .. | p2 ................ | gap ]    dtype of storage; parameters are views of it
-mine     [   ......    ]                                       my shard of the flat, a view
+held     [   ......    ]                                       what this rank keeps between uses; the flat
+                                                               itself where parameters stay whole
+mine     [   ......    ]                                       my shard, a view of what is held
 master   [   ......    ]                                       my shard in the master dtype; `mine` itself
                                                                where the dtypes are equal
+
+Note [Memory that comes and goes]
+Where a unit is released between uses, the storage of its flat is resized to nothing and back. The parameters
+stay views of it and keep their shapes, and so do the views that autograd has saved: gathering the unit again
+brings all of them back to life. What reads a released view would read freed memory, so nothing may: a
+released parameter is of a class that says so (released.py), and what autograd saved is handed out only after
+its unit was gathered (gatherer.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepspeed import comm
+from deepspeed.comm.arena import Arena, Block
 from deepspeed.errors import UsageError
 from deepspeed.precision.policy import ParamDtypes
 from deepspeed.zero.layout import Layout, Piece
+from deepspeed.zero.meter import GatherMeter
+from deepspeed.zero.released import PLAIN, RELEASED, WHOLE, set_class
+from deepspeed.zero.slot import Slot, slot_of
 from deepspeed.zero.stage import Sharding
+
+_IDS = itertools.count()
+"""Numbers of parameters, in the order in which they were laid out."""
+
+Demand = Callable[["Unit"], "AbstractContextManager[object] | None"]
 
 
 class Unit:
@@ -33,6 +54,16 @@ class Unit:
         sharding: the groups of ranks.
         dtypes: number formats.
         device: where the flat lives.
+        trained: whether an optimizer updates it; without, the master is the stored shard.
+        arena: where what is held lives if peers shall read it by themselves.
+        meter: counts gathers.
+
+    Attributes:
+        users: those who need the unit whole now; it is not released while there are any.
+        is_whole: whether the parameters can be read.
+        first_id: number of the first parameter; the others follow.
+        updates: how often the values have changed.
+        demand: asked when a released parameter is used; gives a context in which it is whole, or None.
     """
 
     def __init__(
@@ -42,38 +73,92 @@ class Unit:
         sharding: Sharding,
         dtypes: ParamDtypes,
         device: torch.device,
+        *,
+        trained: bool = True,
+        arena: Arena | None = None,
+        meter: GatherMeter | None = None,
     ) -> None:
         self.names = [name for name, _ in named]
         self.params = [param for _, param in named]
         self.layout = layout
         self.sharding = sharding
         self.dtypes = dtypes
-        given = self._gather_given(device)
+        self.users = self.updates = 0
+        self.is_whole = True
+        self.first_id = [next(_IDS) for _ in named][0]
+        self.demand: Demand = _refuse
+        self._meter = meter or GatherMeter()
+        self._block: Block | None = None
+        self._work: list[dist.Work] = []
+        self._here = len(self.params)
+        self._apart: set[int] = set()
+        given = self._given_values(device)
         self.flat = given.to(dtypes.storage)
-        chunk, rank = layout.chunk, sharding.shard_group.rank
-        self.mine = self.flat[rank * chunk : (rank + 1) * chunk]
+        self._storage = self.flat.untyped_storage()
+        self.held = self._hold(arena)
+        self.mine = self.held[sharding.spread_group.rank]
         self.master = self.mine
-        if dtypes.master != dtypes.storage:
+        if trained and dtypes.master != dtypes.storage:
+            chunk, rank = layout.chunk, sharding.shard_group.rank
             self.master = given[rank * chunk : (rank + 1) * chunk].to(dtypes.master, copy=True)
-        for param, view in zip(self.params, self.views(self.flat), strict=True):
-            param.grad = None
-            param.data = view
-        self._places = [param.data_ptr() for param in self.params]
-        self._versions = [param._version for param in self.params]
+        self._views = self.views(self.flat)
+        self._move_parameters()
+        if sharding.releases:
+            self._meter.gathered(layout.total, dtypes.storage.itemsize)
+            self.settle()
+            self.release()
 
-    def _gather_given(self, device: torch.device) -> Tensor:
+    def _given_values(self, device: torch.device) -> Tensor:
         """Return the parameters' values in one new flat, equal on all data-parallel ranks."""
         dtype = self.params[0].dtype
         for param in self.params[1:]:
             dtype = torch.promote_types(dtype, param.dtype)
         given = torch.zeros(self.layout.total, dtype=dtype, device=device)
+        released = []
         with torch.no_grad():
             for param, view in zip(self.params, self.views(given), strict=True):
-                view.copy_(param)
+                slot = slot_of(param)
+                if slot is None or slot.unit.is_whole:
+                    view.copy_(param)
+                else:
+                    slot.unit.read(slot.index, view)
+                    released.append(slot)
         for group in (self.sharding.shard_group, self.sharding.replica_group):
-            if group.size > 1:
+            if group.size > 1 and len(released) < len(self.params):
                 comm.broadcast(given, src=group.first_rank, group=group.process_group)
         return given
+
+    def _hold(self, arena: Arena | None) -> Tensor:
+        """Return what this rank keeps, a row for each chunk."""
+        near, rows = self.sharding.hold_group, self.sharding.spread_group.size
+        chunks = self.flat.view(rows, near.size, self.layout.chunk)
+        if not self.sharding.releases:
+            return chunks[:, 0]
+        held = chunks[:, near.rank]
+        if arena is None:
+            return held.clone()
+        self._block = arena.block(held.numel() * held.element_size())
+        return self._block.view(held.numel(), held.dtype).view(rows, self.layout.chunk).copy_(held)
+
+    def _move_parameters(self) -> None:
+        for index, (param, view) in enumerate(zip(self.params, self._views, strict=True)):
+            old = slot_of(param)
+            param.grad = None
+            set_class(param, WHOLE if self.sharding.marks_parameters else PLAIN)
+            param.data = view
+            param.ds_slot = Slot(self, index)  # type: ignore[attr-defined]
+            if old is not None:
+                old.unit.lose_one()
+        self._versions = [param._version for param in self.params]
+
+    def lose_one(self) -> None:
+        """Take note that a parameter has moved to another unit; with the last one the memory goes."""
+        self._here -= 1
+        if self._here == 0 and self._block is not None:
+            self.settle()  # a slower rank may still be reading
+            self._block.give_back()
+
+    # -- where things lie -------------------------------------------------------------------------
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """View a whole flat (or a gradient laid out like it) as the parameters, in their shapes."""
@@ -91,6 +176,181 @@ class Unit:
         """Pieces of the parameters in this rank's shard."""
         return self.layout.pieces(self.sharding.shard_group.rank)
 
+    @property
+    def key(self) -> int:
+        """What identifies the flat's storage among others."""
+        return int(self._storage._cdata)
+
+    @property
+    def reads_alone(self) -> bool:
+        """Whether gathering needs nothing of the other ranks."""
+        return self._block is not None
+
+    @property
+    def is_gathering(self) -> bool:
+        """Whether a gather is under way."""
+        return bool(self._work)
+
+    # -- gather and release -----------------------------------------------------------------------
+
+    def start_gather(self) -> None:
+        """Begin to bring the parameters in; `gather` completes it. A collective, unless `reads_alone`."""
+        if self.is_whole or self._work:
+            return
+        near, chunk = self.sharding.hold_group, self.layout.chunk
+        self._storage.resize_(self.layout.total * self.flat.element_size())
+        self._meter.gathered(self.layout.total, self.flat.element_size())
+        rows = self.flat.view(-1, near.size, chunk)
+        for row, own in zip(rows, self.held, strict=True):
+            if self._block is None:
+                self._work.append(
+                    comm.all_gather_single(row.view(-1), own, group=near.process_group, async_op=True)
+                )
+        if self._block is not None:
+            self._read_rows(rows, self._block)
+            self._become_whole()
+
+    def _read_rows(self, rows: Tensor, block: Block) -> None:
+        near, chunk = self.sharding.hold_group, self.layout.chunk
+        for index, row in enumerate(rows):
+            for rank in range(near.size):
+                if rank == near.rank:
+                    row[rank].copy_(self.held[index])
+                else:
+                    block.read(rank, index * chunk, row[rank])
+
+    def gather(self) -> None:
+        """Make the parameters whole."""
+        self.start_gather()
+        if self._work:
+            for work in self._work:
+                work.wait()
+            self._work = []
+            self._become_whole()
+
+    def _become_whole(self) -> None:
+        self.is_whole = True
+        self._mark(WHOLE)
+
+    def _mark(self, state: str) -> None:
+        for index, param in enumerate(self.params):
+            if index not in self._apart:
+                set_class(param, state)
+
+    def release(self) -> None:
+        """Free the whole parameters, having taken over what was edited in them; nothing where they stay."""
+        if not self.sharding.releases:
+            return
+        if self._work:
+            self.gather()
+        if not self.is_whole:
+            return
+        self.adopt_edits()
+        self.is_whole = False
+        self._mark(RELEASED)
+        self._storage.resize_(0)
+        self._meter.released(self.layout.total, self.flat.element_size())
+
+    def read(self, index: int, out: Tensor) -> None:
+        """Fill `out` with one parameter without gathering the unit; a collective, unless `reads_alone`.
+
+        Args:
+            index: of the parameter.
+            out: contiguous, of the parameter's shape, any dtype.
+        """
+        if self.is_whole:
+            out.copy_(self.params[index].detach())
+            return
+        near = self.sharding.hold_group
+        whole = torch.empty(self.layout.numels[index], dtype=self.flat.dtype, device=self.flat.device)
+        for chunk in range(self.layout.ranks):
+            row, rank = divmod(chunk, near.size)
+            for piece in self.layout.pieces(chunk):
+                if piece.index != index:
+                    continue
+                part = whole[piece.param_start : piece.param_stop]
+                if rank == near.rank:
+                    part.copy_(self.held[row, piece.shard_start : piece.shard_stop])
+                if self._block is None:
+                    src = near.members[rank]
+                    comm.broadcast(part, src=src, group=near.process_group)
+                elif rank != near.rank:
+                    self._block.read(rank, row * self.layout.chunk + piece.shard_start, part)
+        out.copy_(whole.view(out.shape))
+
+    def show(self, index: int) -> None:
+        """Make one parameter whole, in memory of its own, until `hide`; nothing where it is whole already."""
+        param = self.params[index]
+        value = torch.empty(param.shape, dtype=self.flat.dtype, device=self.flat.device)
+        self.read(index, value)
+        self._apart.add(index)
+        set_class(param, WHOLE)
+        param.data = value
+
+    def hide(self, index: int) -> None:
+        """Undo `show`; what was changed must have been written before."""
+        param = self.params[index]
+        param.data = self._views[index]
+        self._apart.discard(index)
+        set_class(param, WHOLE if self.is_whole else RELEASED)
+
+    def is_shown(self, index: int) -> bool:
+        """Whether a parameter can be read."""
+        return self.is_whole or index in self._apart
+
+    # -- changes ----------------------------------------------------------------------------------
+
+    def write(self, index: int, value: Tensor) -> None:
+        """Set a parameter's stored weight and its master, `value` (its shape) being equal on all ranks.
+
+        What is equal to the stored weight already leaves the master its finer value. To be called in `changing`.
+        """
+        flat_value = value.detach().reshape(-1)
+        if self.is_whole:
+            self._views[index].copy_(value.detach())
+        for row, chunk in enumerate(self._held_chunks()) if self.sharding.releases else ():
+            for piece in self.layout.pieces(chunk):
+                if piece.index == index:
+                    part = flat_value[piece.param_start : piece.param_stop]
+                    self.held[row, piece.shard_start : piece.shard_stop] = part
+        for piece in self.my_pieces() if self.master is not self.mine else ():
+            if piece.index == index:
+                part = flat_value[piece.param_start : piece.param_stop]
+                master = self.master[piece.shard_start : piece.shard_stop]
+                changed = master.to(self.dtypes.storage) != part.to(self.dtypes.storage)
+                master.copy_(torch.where(changed, part.to(master.dtype), master))
+
+    def differs(self, index: int) -> bool:
+        """Whether a parameter that can be read differs, in this rank's shard, from what is stored."""
+        flat_value = self.params[index].detach().reshape(-1)
+        return any(
+            bool(
+                (
+                    self.master[piece.shard_start : piece.shard_stop].to(flat_value.dtype)
+                    != flat_value[piece.param_start : piece.param_stop]
+                ).any()
+            )
+            for piece in self.my_pieces()
+            if piece.index == index
+        )
+
+    def _held_chunks(self) -> range:
+        near, spread = self.sharding.hold_group, self.sharding.spread_group
+        return range(near.rank, near.size * spread.size, near.size)
+
+    def settle(self) -> None:
+        """Wait until no rank is still reading or writing what ranks hold. A collective."""
+        if self._block is not None:
+            self._block.arena.settle()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Change what is held inside; nobody reads it meanwhile. A collective."""
+        self.settle()
+        yield
+        self.updates += 1
+        self.settle()
+
     def adopt_edits(self) -> None:
         """Take over into the master shard what the user wrote into parameters since the last call.
 
@@ -103,28 +363,43 @@ class Unit:
         Raises:
             UsageError: a parameter's memory was replaced (``.to()``, ``.half()``, ``param.data = ...``).
         """
+        if not self.is_whole:
+            return
+        self._check_places()
         versions = [param._version for param in self.params]
-        for name, param, place in zip(self.names, self.params, self._places, strict=True):
-            if param.data_ptr() != place:
+        if versions == self._versions:
+            return
+        before, self._versions = self._versions, versions
+        with self.changing():
+            for index, (old, new) in enumerate(zip(before, versions, strict=True)):
+                if old != new:
+                    self.write(index, self.params[index])
+
+    def forget_edits(self) -> None:
+        """Take edits as taken over already."""
+        self._versions = [param._version for param in self.params]
+
+    def _check_places(self) -> None:
+        key = self.key
+        for index, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
+            if index not in self._apart and param.untyped_storage()._cdata != key:
                 raise UsageError(
                     f"{name}: expected its memory where deepspeed.initialize laid it out, but it was replaced "
                     "(model.to(), model.half(), param.data = ...); change the model before initialize, and "
                     "values in place: param.copy_(...)"
                 )
-        if versions == self._versions:
-            return
-        before, self._versions = self._versions, versions
-        for piece in self.my_pieces() if self.master is not self.mine else ():
-            if versions[piece.index] != before[piece.index]:
-                edited = slice(piece.shard_start, piece.shard_stop)
-                self.master[edited] = self.mine[edited]
 
-    def publish(self, *, async_op: bool = False) -> torch.distributed.Work | None:
-        """Make the whole parameters current everywhere, once every rank has updated its shard in storage."""
-        group = self.sharding.shard_group
+    def publish(self, *, async_op: bool = False) -> dist.Work | None:
+        """Spread this rank's shard to the ranks that hold a copy of it, once it was updated in storage."""
+        self.updates += 1
+        group = self.sharding.spread_group
         if group.size == 1:
             return None
-        work: torch.distributed.Work | None = comm.all_gather_single(
-            self.flat, self.mine, group=group.process_group, async_op=async_op
+        work: dist.Work | None = comm.all_gather_single(
+            self.held.view(-1), self.mine, group=group.process_group, async_op=async_op
         )
         return work
+
+
+def _refuse(_unit: Unit) -> None:
+    """Give nobody a released parameter."""

@@ -13,6 +13,7 @@ from toys import make_toy, toy_batch, toy_loss
 
 import deepspeed
 from deepspeed.zero.access import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from deepspeed.zero.gathered import GatheredParameters
 
 STEPS = 4
 TOLERANCE = {"fp32": 2e-6, "bf16": 3e-2, "fp16": 4e-3}
@@ -71,13 +72,14 @@ def assert_equal_training(engine, plain, tolerance: float, states=("exp_avg", "e
     expected = dict(plain.master.named_parameters())
     for name, param in engine.module.named_parameters():
         reference = expected[name]
-        torch.testing.assert_close(
-            param.float(),
-            reference,
-            rtol=max(tolerance, 8e-3 if param.dtype != torch.float32 else 0),
-            atol=tolerance,
-            msg=name,
-        )
+        with GatheredParameters(param):
+            torch.testing.assert_close(
+                param.float(),
+                reference,
+                rtol=max(tolerance, 8e-3 if param.dtype != torch.float32 else 0),
+                atol=tolerance,
+                msg=name,
+            )
         if not param.requires_grad or param.numel() == 0:
             continue
         torch.testing.assert_close(

@@ -1,0 +1,146 @@
+"""From a model and its configuration to units, and the gatherer that brings them in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from deepspeed.comm.arena import Arena, arena_of
+from deepspeed.config import DeepSpeedConfig
+from deepspeed.engine.optimizers import leaf_kind
+from deepspeed.errors import ConfigError
+from deepspeed.precision.policy import PrecisionPolicy
+from deepspeed.zero.gatherer import Gatherer, GatherLimits
+from deepspeed.zero.grouping import NamedParameter
+from deepspeed.zero.leaf_modules import modules_together
+from deepspeed.zero.meter import GatherMeter
+from deepspeed.zero.partition import UnitPlan, make_units
+from deepspeed.zero.slot import slot_of
+from deepspeed.zero.stage import RankGroup, Sharding, sharding_for_stage
+from deepspeed.zero.unit import Unit
+
+
+@dataclass(frozen=True)
+class ShardedModule:
+    """A module whose parameters lie in units.
+
+    Attributes:
+        units: all of them.
+        trained: those that the optimizer updates.
+        whole_parameters: whether every parameter lies inside one shard.
+        gatherer: brings in what is released between uses; None where nothing is.
+    """
+
+    units: list[Unit]
+    trained: list[Unit]
+    whole_parameters: bool
+    gatherer: Gatherer | None
+
+
+def choose_sharding(settings: DeepSpeedConfig, data_parallel: RankGroup) -> Sharding:
+    """Turn the stage, MiCS and hpZ keys into groups of ranks."""
+    zero = settings.zero_optimization
+    return sharding_for_stage(
+        int(zero.stage),
+        data_parallel,
+        mics_size=zero.mics_shard_size if zero.mics_shard_size > 0 else None,
+        hpz_size=zero.zero_hpz_partition_size,
+    )
+
+
+def shard_module(
+    module: nn.Module,
+    inner: torch.optim.Optimizer | None,
+    settings: DeepSpeedConfig,
+    policy: PrecisionPolicy,
+    sharding: Sharding,
+    device: torch.device,
+) -> ShardedModule:
+    """Lay the parameters out: the trained ones, and at stage 3 or after ``zero.Init`` the others too."""
+    groups = [] if inner is None else inner.param_groups
+    group_index = {id(param): index for index, group in enumerate(groups) for param in group["params"]}
+    named = list(module.named_parameters())
+    trained = [pair for pair in named if id(pair[1]) in group_index]
+    if inner is not None:
+        _check_all_named(inner, trained)
+    _check_real(named if sharding.marks_parameters else trained)
+    whole_parameters = inner is not None and leaf_kind(inner, sharding) == "whole"
+    meter = GatherMeter()
+    units = make_units(
+        [pair for pair in named if id(pair[1]) in group_index or _is_laid_out(pair[1], sharding)],
+        _plan(module, settings, policy, sharding, device, whole_parameters),
+        group_index=group_index,
+        arena=_arena(sharding, device),
+        meter=meter,
+    )
+    gatherer = None
+    if sharding.marks_parameters:
+        gatherer = Gatherer(module, units, _limits(settings), meter)
+    updated = [unit for unit in units if id(unit.params[0]) in group_index]
+    return ShardedModule(units, updated, whole_parameters, gatherer)
+
+
+def _is_laid_out(param: nn.Parameter, sharding: Sharding) -> bool:
+    return sharding.marks_parameters or slot_of(param) is not None
+
+
+def _arena(sharding: Sharding, device: torch.device) -> Arena | None:
+    """Let ranks of one host read each other's shards; see note [Reading without asking]."""
+    if not sharding.releases or device.type != "cpu":
+        return None
+    return arena_of(sharding.hold_group.process_group)
+
+
+def _plan(
+    module: nn.Module,
+    settings: DeepSpeedConfig,
+    policy: PrecisionPolicy,
+    sharding: Sharding,
+    device: torch.device,
+    whole_parameters: bool,
+) -> UnitPlan:
+    zero = settings.zero_optimization
+    return UnitPlan(
+        sharding=sharding,
+        policy=policy,
+        device=device,
+        max_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
+        whole_parameters=whole_parameters,
+        persistent_below=zero.stage3_param_persistence_threshold,
+        persistent_total=zero.stage3_model_persistence_threshold,
+        live_numel=zero.stage3_max_live_parameters,
+        together=modules_together(
+            module, zero.leaf_module, granularity=zero.stage3_module_granularity_threshold
+        ),
+    )
+
+
+def _limits(settings: DeepSpeedConfig) -> GatherLimits:
+    zero = settings.zero_optimization
+    return GatherLimits(
+        live=zero.stage3_max_live_parameters,
+        reuse=zero.stage3_max_reuse_distance,
+        prefetch=0 if zero.overlap_comm is False else zero.stage3_prefetch_bucket_size,
+    )
+
+
+def _check_all_named(inner: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]]) -> None:
+    known = {id(param) for _, param in named}
+    for index, group in enumerate(inner.param_groups):
+        for param in group["params"]:
+            if id(param) not in known:
+                raise ConfigError(
+                    f"optimizer: expected parameters of the model, got a tensor of shape {tuple(param.shape)} "
+                    f"in param group {index} that the model does not have; build the optimizer after the model"
+                )
+
+
+def _check_real(named: list[tuple[str, nn.Parameter]]) -> None:
+    for name, param in named:
+        if param.is_complex():
+            raise ConfigError(
+                f"{name}: expected a real parameter, got {param.dtype}; keep its real and imaginary parts "
+                "(torch.view_as_real) as the parameter"
+            )

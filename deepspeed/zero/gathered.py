@@ -1,0 +1,129 @@
+"""GatheredParameters: read and change parameters that are released between uses.
+
+Note [What moves]
+Loops that visit one parameter after another are common (weights for an inference engine, EMA). So a unit is
+gathered only where at least half of it is asked for; otherwise just the pieces of the parameters asked for
+travel, into memory of their own that the parameter shows for as long as the context lasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deepspeed import comm
+from deepspeed.errors import UsageError
+from deepspeed.zero.released import ShardedParameter
+from deepspeed.zero.slot import Slot
+from deepspeed.zero.stage import RankGroup
+from deepspeed.zero.unit import Unit
+
+
+class GatheredParameters:
+    """Context in which parameters are whole; changes made in it are kept.
+
+    With `modifier_rank`, that rank's values are everybody's afterwards. Without it, every rank must make the
+    same changes.
+
+    Args:
+        params: a parameter or any iterable; what is not sharded, None included, is left alone.
+        modifier_rank: global rank whose changes count; None: all ranks make the same.
+        fwd_module: accepted for old scripts; parameters used in another module's forward are found anyway.
+        enabled: False does nothing.
+
+    Raises:
+        UsageError: at the end, if only some ranks changed a parameter and there is no `modifier_rank`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        modifier_rank: int | None = None,
+        fwd_module: nn.Module | None = None,
+        enabled: bool = True,
+    ) -> None:
+        given: Iterable[Any] = [params] if params is None or isinstance(params, Tensor) else params
+        sharded = {id(one): one for one in given if isinstance(one, ShardedParameter)} if enabled else {}
+        self._params: list[Any] = sorted(sharded.values(), key=lambda one: one.ds_id)
+        self._modifier = modifier_rank
+        self._whole_units: list[Unit] = []
+        self._alone: list[Slot] = []
+
+    def __enter__(self) -> GatheredParameters:
+        for unit, wanted in self._by_unit().items():
+            if unit.is_whole or 2 * sum(one.ds_numel for one in wanted) >= unit.layout.total:
+                unit.users += 1
+                unit.gather()
+                self._whole_units.append(unit)
+            else:
+                alone = [one.ds_slot for one in wanted if not unit.is_shown(one.ds_slot.index)]
+                for slot in alone:
+                    unit.show(slot.index)
+                self._alone += alone
+        self._versions = [one._version for one in self._params]
+        return self
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if kind is None and self._params:
+            self._keep_changes()
+        for slot in self._alone:
+            slot.unit.hide(slot.index)
+        for unit in self._whole_units:
+            unit.users -= 1
+            if unit.users == 0:
+                unit.release()
+        self._whole_units, self._alone = [], []
+
+    def _by_unit(self) -> dict[Unit, list[Any]]:
+        units: dict[Unit, list[Any]] = {}
+        for param in self._params:
+            units.setdefault(param.ds_slot.unit, []).append(param)
+        return units
+
+    @torch.no_grad()
+    def _keep_changes(self) -> None:
+        everyone = self._params[0].ds_slot.unit.sharding.everyone
+        changed = self._params
+        if everyone.size > 1:
+            if self._modifier is None:
+                changed = self._changed_anywhere(everyone)
+            for param in changed:
+                self._agree(param, everyone)
+        for unit, params in self._by_unit().items():
+            mine = [param for param in params if any(param is one for one in changed)]
+            if mine:
+                with unit.changing():
+                    for param in mine:
+                        unit.write(param.ds_slot.index, param)
+                unit.forget_edits()
+
+    def _changed_anywhere(self, everyone: RankGroup) -> list[Any]:
+        """Find the parameters that some rank has changed."""
+        flags = torch.tensor(
+            [
+                float(param._version != before or param.ds_slot.unit.differs(param.ds_slot.index))
+                for param, before in zip(self._params, self._versions, strict=True)
+            ],
+            device=self._params[0].device,
+        )
+        comm.all_reduce(flags, op=dist.ReduceOp.MAX, group=everyone.process_group)
+        return [param for param, flag in zip(self._params, flags.tolist(), strict=True) if flag]
+
+    def _agree(self, param: Any, everyone: RankGroup) -> None:
+        """Take the modifier's values, or make sure that all ranks have the same."""
+        source = everyone.first_rank if self._modifier is None else self._modifier
+        value = param.detach() if self._modifier is not None else param.detach().clone()
+        comm.broadcast(value, src=source, group=everyone.process_group)
+        if self._modifier is not None:
+            return
+        apart = torch.tensor(float(not torch.equal(value, param.detach())), device=value.device)
+        comm.all_reduce(apart, op=dist.ReduceOp.MAX, group=everyone.process_group)
+        if apart:
+            raise UsageError(
+                f"GatheredParameters: {param.ds_slot.name} was changed in different ways on different ranks; "
+                "name the rank whose values count, modifier_rank=0, or make the same change on every rank"
+            )

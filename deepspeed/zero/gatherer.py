@@ -1,0 +1,388 @@
+"""Parameters around each unit's forward and backward.
+
+Note [On demand]
+A unit is gathered when something needs it, whatever that is, and a guess about the order only brings it in
+earlier. Three things can need it:
+
+    forward     a module that owns parameters of the unit, or the block they belong to, is entered
+    demand      an operation meets a released parameter inside somebody else's forward (released.py)
+    backward    autograd unpacks a view of the unit that it saved (note [Saved views])
+
+It is released when the last module that needs it is left, or in backward when the gradients of all its
+parameters have arrived (a unit without gradients: when backward has gone two units further), unless it is soon
+used again. So graphs may change from step to step, call modules in any order, more than once or not at all.
+
+Note [Saved views]
+What autograd saves of a whole parameter is a view into the flat. A hook on saved tensors replaces it by the
+view and its unit, and gathers the unit before the view is handed out. Other hooks (activation checkpointing)
+keep working: what is not such a view goes to the hook below. Reading freed memory is impossible then, however
+the graph came about.
+
+Note [A node may still hold it]
+A backward function that has unpacked views may run other code before it uses them. A unit is therefore not
+released while the function that unpacked it last is running, nor by a backward inside that backward.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
+
+from deepspeed.errors import UsageError
+from deepspeed.zero.meter import GatherMeter
+from deepspeed.zero.order import UseOrder
+from deepspeed.zero.unit import Unit
+
+STALE = 2
+"""Units that backward goes on to before one without gradients is released."""
+
+
+@dataclass(frozen=True)
+class GatherLimits:
+    """How much may be gathered, in elements.
+
+    Attributes:
+        live: most elements gathered at once (one unit in use may exceed it).
+        reuse: a unit that is expected again within so many elements is kept.
+        prefetch: most elements gathered ahead of their use.
+    """
+
+    live: int = 1_000_000_000
+    reuse: int = 1_000_000_000
+    prefetch: int = 50_000_000
+
+
+@dataclass(eq=False)
+class Frame:
+    """A forward that is running: what it uses, and the hook on saved tensors it brought along."""
+
+    module: nn.Module
+    units: list[Unit] = field(default_factory=list)
+    hooks: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class SavedView:
+    """A view of a unit's flat that autograd saved."""
+
+    unit: Unit
+    view: Tensor
+    updates: int
+
+
+class Gatherer:
+    """Gather units when they are used and release them afterwards.
+
+    Args:
+        module: the model.
+        units: all its units that are released between uses.
+        limits: how much may be gathered.
+        meter: the units' meter.
+    """
+
+    def __init__(
+        self, module: nn.Module, units: Iterable[Unit], limits: GatherLimits, meter: GatherMeter
+    ) -> None:
+        self.module = module
+        self.units = [unit for unit in units if unit.sharding.releases]
+        self.limits = limits
+        self.meter = meter
+        self._by_storage = {unit.key: unit for unit in self.units}
+        self._orders = {True: UseOrder(), False: UseOrder()}  # of passes with gradients, and without
+        self._training = False
+        self._frames: list[Frame] = []
+        self._unpacked: dict[Unit, tuple[Any, int]] = {}  # unit -> the node that unpacked it last, its task
+        self._in_backward: list[Unit] = []  # in the order of their first use in the running backward
+        self._ending: set[int] = set()  # graph tasks whose end is being waited for
+        self.forward_hooks: list[RemovableHandle] = []
+        self.backward_hooks: list[RemovableHandle] = []
+        for unit in self.units:
+            unit.demand = self._demand
+        self.attach(module)
+
+    # -- hooks ------------------------------------------------------------------------------------
+
+    def attach(self, module: nn.Module) -> None:
+        """Put hooks on the modules that need units."""
+        anchors = anchors_of(module, self.units)
+        me = weakref.ref(self)
+        for part, units in anchors.items():
+            self.forward_hooks.append(part.register_forward_pre_hook(_Enter(me, units), prepend=True))
+            self.forward_hooks.append(part.register_forward_hook(_Leave(me), always_call=True))
+
+    def detach(self) -> None:
+        """Remove the hooks, and release what is gathered."""
+        for hook in self.forward_hooks:
+            hook.remove()
+        self.forward_hooks = []
+        self.release_all()
+        for unit in self.units:
+            unit.demand = _nobody
+
+    # -- forward ----------------------------------------------------------------------------------
+
+    def enter(self, module: nn.Module, units: Iterable[Unit]) -> None:
+        """A module that needs `units` begins its forward."""
+        if not self._frames and not _running_task():
+            self._training = torch.is_grad_enabled()
+            self._order.begin_pass()
+        frame = Frame(module)
+        self._frames.append(frame)
+        for unit in units:
+            self._use(unit, frame)
+        if torch.is_grad_enabled() and not self._is_on_top():
+            frame.hooks = self._save_hooks()
+            frame.hooks.__enter__()
+
+    def leave(self, module: nn.Module) -> None:
+        """A module has ended its forward, by an exception perhaps."""
+        while any(frame.module is module for frame in self._frames):
+            frame = self._frames.pop()
+            if frame.hooks is not None:
+                frame.hooks.__exit__(None, None, None)
+            for unit in frame.units:
+                unit.users -= 1
+                self._left(unit)
+            if frame.module is module:
+                break
+        if not self._frames and not self._training and not _running_task():
+            self.release_all()
+
+    def _use(self, unit: Unit, frame: Frame) -> None:
+        unit.users += 1
+        frame.units.append(unit)
+        self._bring(unit)
+        if _running_task():
+            self._note_backward(unit)
+
+    def _left(self, unit: Unit) -> None:
+        if unit.users == 0 and not _running_task() and not self._is_soon_used(unit):
+            unit.release()
+
+    def _demand(self, unit: Unit) -> AbstractContextManager[object] | None:
+        """Gather a unit for an operation inside a forward; it stays until that forward ends."""
+        if not self._frames:
+            return None
+        self._use(unit, self._frames[-1])
+        return nullcontext()
+
+    # -- backward ---------------------------------------------------------------------------------
+
+    def _save_hooks(self) -> saved_tensors_hooks:
+        below = _top_hooks()
+        pack_below, unpack_below = below or (None, None)
+
+        def pack(tensor: Tensor) -> Any:
+            unit = self._by_storage.get(tensor.untyped_storage()._cdata)
+            if unit is not None:
+                return SavedView(unit, tensor.detach(), unit.updates)
+            return tensor if pack_below is None else pack_below(tensor)
+
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, SavedView):
+                return self._unpack(packed)
+            return packed if unpack_below is None else unpack_below(packed)  # type: ignore[no-any-return]
+
+        pack.gatherer = self  # type: ignore[attr-defined]
+        return saved_tensors_hooks(pack, unpack)
+
+    def _is_on_top(self) -> bool:
+        hooks = _top_hooks()
+        return hooks is not None and getattr(hooks[0], "gatherer", None) is self
+
+    def _unpack(self, saved: SavedView) -> Tensor:
+        unit = saved.unit
+        if unit.updates != saved.updates:
+            raise UsageError(
+                f"{unit.names[0]}: its values changed between forward and backward; call backward before step, "
+                "or run forward again"
+            )
+        task = _running_task()
+        self._unpacked[unit] = (torch._C._current_autograd_node(), task)
+        self._bring(unit)
+        self._note_backward(unit)
+        return saved.view
+
+    def _note_backward(self, unit: Unit) -> None:
+        task = _running_task()
+        if task not in self._ending:
+            self._ending.add(task)
+            Variable._execution_engine.queue_callback(lambda: self._backward_ended(task))
+        if unit not in self._in_backward:
+            self._in_backward.append(unit)
+            for stale in self._in_backward[:-STALE]:
+                if not any(param.requires_grad for param in stale.params):
+                    self._release_in_backward(stale)
+
+    def gradients_arrived(self, unit: Unit) -> None:
+        """Release a unit whose parameters all have their gradients: nothing in this backward needs it."""
+        if unit.key in self._by_storage:
+            self._release_in_backward(unit)
+
+    def _release_in_backward(self, unit: Unit) -> None:
+        if unit.users == 0 and not self._is_held_by_node(unit):
+            self._forget(unit)
+            unit.release()
+
+    def _is_held_by_node(self, unit: Unit) -> bool:
+        """See note [A node may still hold it]."""
+        node, task = self._unpacked.get(unit, (None, _running_task()))
+        if task != _running_task():
+            return True
+        return node is not None and node is torch._C._current_autograd_node()
+
+    def _backward_ended(self, task: int) -> None:
+        self._ending.discard(task)
+        for unit in list(self._in_backward):
+            if self._unpacked.get(unit, (None, task))[1] == task and unit.users == 0:
+                self._forget(unit)
+                unit.release()
+
+    def _forget(self, unit: Unit) -> None:
+        self._unpacked.pop(unit, None)
+        if unit in self._in_backward:
+            self._in_backward.remove(unit)
+
+    # -- what is gathered -------------------------------------------------------------------------
+
+    def _bring(self, unit: Unit) -> None:
+        """Make a unit whole, and begin to gather those expected after it."""
+        self._order.used(unit)
+        if not unit.is_whole:
+            if not unit.is_gathering:
+                self._make_room(unit)
+            unit.gather()
+        if not unit.reads_alone:
+            self._prefetch()
+
+    def _prefetch(self) -> None:
+        ahead = 0
+        for unit in self._order.upcoming():
+            if unit.is_whole or unit.is_gathering:
+                continue
+            ahead += unit.layout.total
+            if ahead > self.limits.prefetch or self.meter.numel + unit.layout.total > self.limits.live:
+                return
+            unit.start_gather()
+
+    def _make_room(self, wanted: Unit) -> None:
+        """Release units that wait for a later use, those that wait longest first."""
+        if self.meter.numel + wanted.layout.total <= self.limits.live:
+            return
+        idle = [unit for unit in self.units if unit.users == 0 and (unit.is_whole or unit.is_gathering)]
+        for unit in sorted(idle, key=self._order.distance, reverse=True):
+            if not self._is_held_by_node(unit):
+                self._forget(unit)
+                unit.release()
+            if self.meter.numel + wanted.layout.total <= self.limits.live:
+                return
+
+    def _is_soon_used(self, unit: Unit) -> bool:
+        return self._training and self._order.distance(unit) < self.limits.reuse
+
+    @property
+    def _order(self) -> UseOrder:
+        return self._orders[self._training]
+
+    def release_all(self) -> None:
+        """Release every unit that nobody uses."""
+        for unit in self.units:
+            if unit.users == 0:
+                self._forget(unit)
+                unit.release()
+
+    def end_step(self) -> None:
+        """Release everything: the values are about to change, or the step is over.
+
+        Frames that an exception left behind end here.
+        """
+        while self._frames:
+            self.leave(self._frames[-1].module)
+        self.release_all()
+
+
+class _Enter:
+    """Forward pre-hook; a copy of the module leaves it behind."""
+
+    def __init__(self, gatherer: Any, units: Iterable[Unit]) -> None:
+        self._gatherer, self._units = gatherer, tuple(units)
+
+    def __call__(self, module: nn.Module, _inputs: Any) -> None:
+        if torch.compiler.is_compiling():  # inside a unit that is compiled: its own hooks have run
+            return
+        gatherer = self._gatherer()
+        if gatherer is not None:
+            gatherer.enter(module, self._units)
+
+    def __reduce__(self) -> Any:
+        return _Enter, (_gone, ())
+
+
+class _Leave:
+    """Forward hook; a copy of the module leaves it behind."""
+
+    def __init__(self, gatherer: Any) -> None:
+        self._gatherer = gatherer
+
+    def __call__(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        gatherer = self._gatherer()
+        if gatherer is not None:
+            gatherer.leave(module)
+
+    def __reduce__(self) -> Any:
+        return _Leave, (_gone,)
+
+
+def anchors_of(module: nn.Module, units: Iterable[Unit]) -> dict[nn.Module, list[Unit]]:
+    """Return the modules whose forward needs units: owners of their parameters, their block, and the root."""
+    unit_of = {id(param): unit for unit in units for param in unit.params}
+    anchors: dict[nn.Module, dict[Unit, None]] = {module: {}}
+    paths: dict[Unit, list[list[str]]] = {}
+    for path, part in module.named_modules():
+        for param in part._parameters.values():
+            unit = unit_of.get(id(param))
+            if unit is not None:
+                anchors.setdefault(part, {})[unit] = None
+                paths.setdefault(unit, []).append(path.split("."))
+    for unit, owners in paths.items():
+        block = module.get_submodule(_common(owners))
+        if block is not module:
+            anchors.setdefault(block, {})[unit] = None
+    return {part: list(needed) for part, needed in anchors.items()}
+
+
+def _common(paths: list[list[str]]) -> str:
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def _running_task() -> int:
+    """Return autograd's number of the running backward, counted from 1; 0 outside of one."""
+    return torch._C._current_graph_task_id() + 1
+
+
+def _top_hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _nobody(_unit: Unit) -> None:
+    """Whom a unit asks once its gatherer is gone."""
+
+
+def _gone() -> None:
+    """The gatherer of a copied module."""

@@ -1,0 +1,211 @@
+"""zero.Init: modules are sharded as they are constructed, so that no rank ever holds the whole model.
+
+Note [Born sharded]
+Inside the context every module class's ``__init__`` is wrapped: when the constructor of a module returns, the
+parameters it made become units of one parameter each, with the first rank's values. Whatever changes them
+later in the context (an initialiser of the parent, a copy of a layer) sees them whole, and the first rank's
+changes count. The engine regroups these units into its own, one at a time.
+
+The constructors of tensors are wrapped too, so that parameters are made in the dtype and on the device that
+training will use. Outside of a ``with`` block nothing of torch is changed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.arena import Arena, arena_of
+from deepspeed.config import read_config
+from deepspeed.errors import ConfigError, NotBuiltError
+from deepspeed.precision.policy import PrecisionPolicy
+from deepspeed.zero import constructors
+from deepspeed.zero.gathered import GatheredParameters
+from deepspeed.zero.layout import even_layout
+from deepspeed.zero.meter import GatherMeter
+from deepspeed.zero.slot import slot_of
+from deepspeed.zero.stage import RankGroup, Sharding, sharding_for_stage
+from deepspeed.zero.unit import Unit
+
+CONSTRUCTORS = ("tensor", "empty", "zeros", "ones", "full", "arange", "eye", "rand", "randn")
+
+
+class Init:
+    """Context in which modules are sharded as they are constructed.
+
+    It starts torch.distributed if nobody has. Nested contexts do nothing.
+
+    Args:
+        module: shard this finished module at once, instead of what is constructed inside.
+        data_parallel_group: ranks to shard over; None: those of `mpu`, or all.
+        mem_efficient_linear: accepted; gathered weights are never kept for backward.
+        remote_device: where shards live; None or "none": on the device, "cpu" where that is the device.
+        pin_memory: accepted; matters for shards on the host of a device.
+        config_dict_or_path: configuration; its precision gives the dtype, its MiCS and hpZ keys the groups.
+        config: older name of the same.
+        enabled: False does nothing.
+        dtype: of floating-point parameters; None: from the configuration, else torch's default.
+        mpu: model-parallel unit with ``get_data_parallel_group()``.
+        zero_param_parallel_group: ranks that share one copy of the parameters (hpZ); taken from the configuration.
+        zero_quantized_weights: must be False.
+        zero_quantized_nontrainable_weights: must be False.
+        sequence_data_parallel_group: ranks to shard over, instead of `data_parallel_group`.
+        param_swapper: must be None.
+
+    Raises:
+        ConfigError: the configuration does not exist or is wrong, or both group arguments are given.
+        NotBuiltError: an argument asks for what does not exist yet.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | None = None,
+        data_parallel_group: Any = None,
+        mem_efficient_linear: bool = True,
+        remote_device: str | None = None,
+        pin_memory: bool = False,
+        config_dict_or_path: Any = None,
+        config: Any = None,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        mpu: Any = None,
+        zero_param_parallel_group: Any = None,
+        zero_quantized_weights: bool = False,
+        zero_quantized_nontrainable_weights: bool = False,
+        sequence_data_parallel_group: Any = None,
+        param_swapper: Any = None,
+    ) -> None:
+        self._enabled = enabled
+        self._entered: Construction | None = None
+        if not enabled:
+            return
+        _refuse_unbuilt(
+            remote_device, param_swapper, zero_quantized_weights or zero_quantized_nontrainable_weights
+        )
+        comm.init_distributed(verbose=False)
+        if data_parallel_group is not None and sequence_data_parallel_group is not None:
+            raise ConfigError(
+                "zero.Init: expected data_parallel_group or sequence_data_parallel_group, got both; pass one"
+            )
+        group = data_parallel_group or sequence_data_parallel_group
+        if group is None and mpu is not None:
+            group = mpu.get_data_parallel_group()
+        source = config_dict_or_path if config_dict_or_path is not None else config
+        self._dtype = dtype
+        mics, hpz = None, 1
+        if source is not None:
+            settings = read_config(source, bf16_supported=get_accelerator().is_bf16_supported())
+            zero = settings.zero_optimization
+            mics, hpz = zero.mics_shard_size if zero.mics_shard_size > 0 else None, zero.zero_hpz_partition_size
+            if dtype is None and (settings.fp16.enabled or settings.bf16.enabled):
+                self._dtype = torch.float16 if settings.fp16.enabled else torch.bfloat16
+        self._sharding = sharding_for_stage(3, RankGroup.of(group), mics_size=mics, hpz_size=hpz)
+        if module is not None:
+            Construction(self._sharding, self._dtype).shard_all(module)
+
+    def __enter__(self) -> Init:
+        if self._enabled and not constructors.is_patched():
+            self._entered = Construction(self._sharding, self._dtype)
+            self._entered.begin()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._entered is not None:
+            self._entered.end()
+            self._entered = None
+
+
+class Construction:
+    """What happens to the modules that are made in one context."""
+
+    def __init__(self, sharding: Sharding, dtype: torch.dtype | None) -> None:
+        self._sharding, self._dtype = sharding, dtype
+        self._device = torch.device(get_accelerator().current_device_name())
+        hold = sharding.hold_group
+        self._arena: Arena | None = None
+        if hold.size > 1 and self._device.type == "cpu":
+            self._arena = arena_of(hold.process_group)
+        self._meter = GatherMeter()
+        self._under_way: list[nn.Module] = []
+        self._units: list[Unit] = []
+
+    def begin(self) -> None:
+        """Wrap the constructors of tensors and modules."""
+        dtype = self._dtype or torch.get_default_dtype()
+        constructors.patch_tensors(CONSTRUCTORS, _tensor_wrapper(), dtype, self._device)
+        constructors.patch_modules(self._around)
+
+    def end(self) -> None:
+        """Take the wrappers off."""
+        constructors.unpatch()
+        for unit in self._units:
+            unit.demand = _nobody
+
+    def _around(self, module: nn.Module, construct: Callable[[], None]) -> None:
+        """Run a constructor; shard what it made when the outermost one for this module returns."""
+        outermost = not any(one is module for one in self._under_way)
+        self._under_way.append(module)
+        try:
+            construct()
+        finally:
+            self._under_way.pop()
+        if outermost:
+            self._shard(module.__class__.__name__, module.named_parameters(recurse=bool(not self._under_way)))
+
+    def shard_all(self, module: nn.Module) -> None:
+        """Shard a finished module."""
+        self._shard("", module.named_parameters())
+        for unit in self._units:
+            unit.demand = _nobody
+
+    def _shard(self, prefix: str, named: Iterator[tuple[str, nn.Parameter]]) -> None:
+        for name, param in list(named):
+            if slot_of(param) is None and not param.is_meta:
+                self._make_unit(f"{prefix}.{name}" if prefix else name, param)
+
+    def _make_unit(self, name: str, param: nn.Parameter) -> None:
+        dtypes = PrecisionPolicy(storage=self._dtype if param.is_floating_point() else None).of(param)
+        unit = Unit(
+            [(name, param)],
+            even_layout([param.numel()], self._sharding.shard_group.size),
+            self._sharding,
+            dtypes,
+            self._device,
+            trained=False,
+            arena=self._arena,
+            meter=self._meter,
+        )
+        unit.demand = _first_rank_decides
+        self._units.append(unit)
+
+
+def _tensor_wrapper() -> Callable[..., Any]:
+    """Return the wrapper of tensor constructors; transformers replaces it, under its old import path."""
+    old_path = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    return getattr(old_path, "zero_wrapper_for_fp_tensor_constructor", constructors.with_target)
+
+
+def _first_rank_decides(unit: Unit) -> GatheredParameters:
+    return GatheredParameters(unit.params, modifier_rank=unit.sharding.everyone.first_rank)
+
+
+def _nobody(_unit: Unit) -> None:
+    """Whom a unit asks once the context is over."""
+
+
+def _refuse_unbuilt(remote_device: str | None, param_swapper: Any, quantised: bool) -> None:
+    host = get_accelerator().current_device_name() == "cpu"
+    if remote_device not in (None, "none") and not (remote_device == "cpu" and host):
+        raise NotBuiltError(
+            f'zero.Init: expected remote_device None, got "{remote_device}"; offload is not built yet'
+        )
+    if param_swapper is not None:
+        raise NotBuiltError("zero.Init: expected param_swapper None; offload is not built yet")
+    if quantised:
+        raise NotBuiltError("zero.Init: quantised weights are not built yet; leave the argument out")

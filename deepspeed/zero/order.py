@@ -1,0 +1,53 @@
+"""In which order units are used, as seen in the last pass: what to gather ahead, and what to keep.
+
+A pass is one forward and its backward (or a forward alone, without gradients). The order of the last pass is
+a guess about this one. A wrong guess costs time, never a result: whatever is needed is gathered when it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from deepspeed.zero.unit import Unit
+
+FAR = 2**62
+"""Distance to a use that is not expected."""
+
+
+class UseOrder:
+    """The uses of units in this pass, beside those of the last one."""
+
+    def __init__(self) -> None:
+        self._seen: list[Unit] = []
+        self._expected: list[Unit] = []
+        self._next = 0
+
+    def begin_pass(self) -> None:
+        """Make the uses seen so far the expectation."""
+        if self._seen:
+            self._expected = self._seen
+        self._seen = []
+        self._next = 0
+
+    def used(self, unit: Unit) -> None:
+        """Note a use; several in a row are one."""
+        if self._seen and self._seen[-1] is unit:
+            return
+        self._seen.append(unit)
+        for position in range(self._next, len(self._expected)):
+            if self._expected[position] is unit:
+                self._next = position + 1
+                return
+
+    def upcoming(self) -> Iterator[Unit]:
+        """Yield the units expected next, a unit for each of its uses."""
+        yield from self._expected[self._next :]
+
+    def distance(self, unit: Unit) -> int:
+        """Return how many elements are expected to be used before `unit` is again; FAR if it is not."""
+        passed = 0
+        for other in self.upcoming():
+            if other is unit:
+                return passed
+            passed += other.layout.total
+        return FAR

@@ -1,0 +1,279 @@
+"""Parameters that know whether their values are here.
+
+    plain      the class the user gave it (nn.Parameter, say)
+    whole      a subclass with the attributes that scripts ask of sharded parameters; torch treats it as plain
+    released   a subclass of that which lets nobody read what is not here
+
+A parameter changes class when its unit is gathered and released, so a whole one costs nothing extra. Its shape,
+dtype and so on are right at all times. What an operation on a released one does depends on where it happens:
+inside a forward the unit is gathered for it, elsewhere it is refused with the name of the parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.errors import UsageError
+from deepspeed.zero.slot import Slot, slot_of
+
+if TYPE_CHECKING:
+    from deepspeed.zero.unit import Unit
+
+PLAIN, WHOLE, RELEASED = "plain", "whole", "released"
+
+
+class ZeroParamStatus(Enum):
+    """Whether a parameter's values are here."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
+
+
+class ShardedParameter:
+    """What a parameter has at stage 3 beside what every parameter has."""
+
+    ds_slot: Slot
+    ds_base: type
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def ds_id(self) -> int:
+        """A number of its own, in the same order on every rank."""
+        return self.ds_slot.unit.first_id + self.ds_slot.index
+
+    @property
+    def ds_shape(self) -> torch.Size:
+        """The whole parameter's shape."""
+        return self.shape  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def ds_numel(self) -> int:
+        """The whole parameter's number of elements."""
+        return self.ds_slot.unit.layout.numels[self.ds_slot.index]
+
+    @property
+    def ds_status(self) -> ZeroParamStatus:
+        """Whether the values are here."""
+        here = not isinstance(self, ReleasedParameter)
+        return ZeroParamStatus.AVAILABLE if here else ZeroParamStatus.NOT_AVAILABLE
+
+    @property
+    def ds_tensor(self) -> Tensor:
+        """This rank's piece of the stored weight, flat; empty where it has none."""
+        piece = self.ds_slot.my_piece()
+        mine = self.ds_slot.unit.mine
+        return mine[:0] if piece is None else mine[piece.shard_start : piece.shard_stop]
+
+    @property
+    def ds_active_sub_modules(self) -> set[Any]:
+        """Modules that need the parameter now; kept per unit, so there is nothing to see or to clear here."""
+        return set()
+
+    @property
+    def ds_persist(self) -> bool:
+        """Whether it stays whole between uses."""
+        return not self.ds_slot.unit.sharding.releases
+
+    def partition_numel(self) -> int:
+        """Elements that each rank would hold of it alone, padding included."""
+        return -(-self.ds_numel // self.ds_slot.unit.layout.ranks)
+
+    def all_gather(self, param_list: Iterable[nn.Parameter] | None = None, **_: Any) -> None:
+        """Make this parameter, or those of a list, whole until `partition`; all ranks call it."""
+        for unit in _units([self] if param_list is None else param_list):
+            unit.users += 1
+            unit.gather()
+
+    def partition(
+        self, param_list: Iterable[nn.Parameter] | None = None, has_been_updated: bool = False, **_: Any
+    ) -> None:
+        """Undo `all_gather`; in-place changes are kept."""
+        for unit in _units([self] if param_list is None else param_list):
+            unit.users = max(0, unit.users - 1)
+            if unit.users == 0:
+                unit.release()
+            if has_been_updated:
+                unit.settle()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if isinstance(self, ReleasedParameter):
+            raise _refusal([self], "copy.deepcopy")
+        copied = self.ds_base(self.data.clone(), self.requires_grad)  # type: ignore[attr-defined]
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if isinstance(self, ReleasedParameter):
+            raise _refusal([self], "pickle")
+        return nn.Parameter(self.data.clone(), self.requires_grad).__reduce_ex__(protocol)  # type: ignore[attr-defined]
+
+
+class ReleasedParameter(ShardedParameter):
+    """A sharded parameter whose values are not here."""
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in ALIASES:
+            return Alias.of(args[0])
+        if func in MOVES and _stays(func, *args, **kwargs):
+            return args[0]
+        with _all_whole(_released_among((args, kwargs)), func):
+            return func(*args, **kwargs)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Parameter {self.ds_slot.name} of shape {tuple(self.ds_shape)}, released"
+
+
+class Alias(Tensor):
+    """What ``detach()`` and ``.data`` give of a released parameter: it can be read when the unit is whole."""
+
+    ds_slot: Slot
+
+    @classmethod
+    def of(cls, source: Tensor) -> Tensor:
+        """Return an alias of a released parameter or of another alias."""
+        with torch._C.DisableTorchFunctionSubclass():
+            alias = source.detach().as_subclass(cls)
+        alias.ds_slot = source.ds_slot  # type: ignore[attr-defined]
+        return alias
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in ALIASES:
+            return cls.of(args[0])
+        if func in MOVES and _stays(func, *args, **kwargs):
+            return args[0]
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        with _all_whole(_released_among((args, kwargs)), func), torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Tensor of {self.ds_slot.name}, shape {tuple(self.shape)}, released"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise _refusal([self], "pickle")
+
+
+@cache
+def _class_for(base: type, state: str) -> type:
+    mixin = ShardedParameter if state == WHOLE else ReleasedParameter
+    return type(f"{state.capitalize()}{base.__name__}", (mixin, base), {"ds_base": base})
+
+
+def set_class(param: nn.Parameter, state: str) -> None:
+    """Turn a parameter into one that is plain, whole or released."""
+    base = getattr(type(param), "ds_base", type(param))
+    param.__class__ = base if state == PLAIN else _class_for(base, state)
+
+
+def _units(params: Iterable[Any]) -> list[Unit]:
+    return list(dict.fromkeys(param.ds_slot.unit for param in params))
+
+
+def _released_among(values: Any) -> Iterator[Any]:
+    if isinstance(values, (ReleasedParameter, Alias)):
+        if not values.ds_slot.unit.is_whole:
+            yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _released_among(value)
+    elif isinstance(values, dict):
+        yield from _released_among(list(values.values()))
+
+
+class _all_whole:
+    """Context in which the units of released tensors are whole, where that can be had."""
+
+    def __init__(self, released: Iterable[Any], func: Callable[..., Any]) -> None:
+        self._contexts = []
+        tensors = list(released)
+        for unit in _units(tensors):
+            context = unit.demand(unit)
+            if context is None:
+                raise _refusal([one for one in tensors if one.ds_slot.unit is unit], _name_of(func))
+            self._contexts.append(context)
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*error)
+
+
+def _refusal(tensors: list[Any], action: str) -> UsageError:
+    names = ", ".join(one.ds_slot.name for one in tensors)
+    return UsageError(
+        f"{names}: expected whole for {action}, but its values lie on {tensors[0].ds_slot.unit.layout.ranks} "
+        "ranks between uses (ZeRO stage 3); on every rank, put it inside "
+        "`with deepspeed.zero.GatheredParameters(param, modifier_rank=0):`, or into the module's forward"
+    )
+
+
+def _name_of(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", str(func)).replace("__get__", "this attribute")
+
+
+def _stays(func: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether a move or cast would change neither device nor dtype."""
+    if kwargs.get("copy"):
+        return False
+    probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    moved = func(probe, *args, **kwargs)
+    return isinstance(moved, Tensor) and (moved.dtype, moved.device) == (tensor.dtype, tensor.device)
+
+
+def _metadata() -> frozenset[Any]:
+    readable = (
+        "shape dtype device layout ndim requires_grad grad grad_fn is_leaf output_nr is_cuda is_cpu is_sparse "
+        "is_sparse_csr is_quantized is_meta is_nested is_mkldnn is_mps is_xpu is_xla is_hpu is_ipu is_mtia is_vulkan "
+        "is_maia names nbytes itemsize retains_grad _backward_hooks _post_accumulate_grad_hooks _version _base name"
+    )
+    callable_ = (
+        "size numel nelement dim ndimension stride storage_offset element_size is_floating_point is_complex "
+        "is_contiguous is_inference is_pinned is_shared is_signed get_device requires_grad_ register_hook "
+        "register_post_accumulate_grad_hook has_names __hash__ __len__ __format__"
+    )
+    creating = "zeros_like ones_like empty_like full_like rand_like randn_like is_floating_point is_complex numel is_tensor"
+    found: set[Any] = set()
+    for name in readable.split():
+        attribute = getattr(Tensor, name, None)
+        if attribute is not None:
+            found.add(attribute.__get__)
+    for name in ("requires_grad", "grad", "_backward_hooks", "_post_accumulate_grad_hooks"):
+        attribute = getattr(Tensor, name, None)
+        if attribute is not None:
+            found.add(attribute.__set__)
+            found.add(getattr(attribute, "__delete__", attribute.__set__))
+    found.update(getattr(Tensor, name) for name in callable_.split() if hasattr(Tensor, name))
+    found.update(getattr(Tensor, name) for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"))
+    found.update(getattr(torch, name) for name in creating.split() if hasattr(torch, name))
+    return frozenset(found)
+
+
+METADATA = _metadata()
+"""Operations that read no values."""
+ALIASES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__})  # type: ignore[attr-defined]
+MOVES = frozenset(
+    getattr(Tensor, name)
+    for name in ("to", "cpu", "cuda", "float", "double", "half", "bfloat16", "type", "contiguous")
+)
