@@ -19,6 +19,7 @@ from deepspeed.version import __version__
 
 if TYPE_CHECKING:
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.activation_checkpointing import checkpointing
     from deepspeed.arguments import add_config_arguments
     from deepspeed.comm import init_distributed
     from deepspeed.config import DeepSpeedConfig
@@ -34,6 +35,7 @@ _NAMES = {
     "add_config_arguments": "deepspeed.arguments",
     "init_distributed": "deepspeed.comm",
     "get_accelerator": "deepspeed.accelerator",
+    "checkpointing": "deepspeed.activation_checkpointing",
     "logger": "deepspeed.common.logging",
     "log_dist": "deepspeed.common.logging",
 }
@@ -51,7 +53,6 @@ _MODULES = frozenset(
     }
 )
 _LATER = {
-    "checkpointing": "activation checkpointing",
     "init_inference": "inference",
     "moe": "expert parallelism",
     "OnDevice": "sharding of parameters (stage 3)",
@@ -66,6 +67,7 @@ __all__ = [
     "DeepSpeedEngine",
     "__version__",
     "add_config_arguments",
+    "checkpointing",
     "get_accelerator",
     "init_distributed",
     "initialize",

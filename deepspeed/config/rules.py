@@ -146,12 +146,6 @@ def _activation(config: DeepSpeedConfig) -> Lines:
             "activation_checkpointing.number_checkpoints: expected a number with "
             "contiguous_memory_optimization, got null; add it"
         )
-    for name in ("cpu_checkpointing", "contiguous_memory_optimization"):
-        if getattr(section, name) and not section.partition_activations:
-            yield (
-                f"activation_checkpointing.{name}: expected partition_activations to be true too, got false; "
-                "set it"
-            )
 
 
 def _compile(config: DeepSpeedConfig) -> Lines:

@@ -92,20 +92,6 @@ TABLE = [
         lambda name: isinstance(name, str) and name.lower() in UNBUILT_OPTIMIZERS,
         "use Adam, AdamW or Lamb",
     ),
-    *(
-        Unbuilt(
-            f"activation_checkpointing.{name}",
-            "this kind of activation checkpointing",
-            settings=("activation_checkpointing.number_checkpoints",),
-        )
-        for name in (
-            "partition_activations",
-            "cpu_checkpointing",
-            "contiguous_memory_optimization",
-            "synchronize_checkpoint_boundary",
-            "profile",
-        )
-    ),
     Unbuilt("flops_profiler.enabled", "the flops profiler"),
     Unbuilt("checkpoint.load_universal", "loading the original's universal format"),
     Unbuilt("checkpoint.parallel_write.pipeline_stage", "shared writing of a pipe stage"),

@@ -17,6 +17,25 @@ from deepspeed.runtime.later import LATER
 
 # old module -> old name -> "module that has it" or "module:its name there"
 TABLE: dict[str, dict[str, str]] = {
+    "activation_checkpointing": {},
+    "activation_checkpointing.checkpointing": dict.fromkeys(
+        (
+            "CheckpointFunction",
+            "CudaRNGStatesTracker",
+            "_CUDA_RNG_STATE_TRACKER",
+            "_MODEL_PARALLEL_RNG_TRACKER_NAME",
+            "_set_cuda_rng_state",
+            "checkpoint",
+            "configure",
+            "get_cuda_rng_tracker",
+            "is_configured",
+            "model_parallel_cuda_manual_seed",
+            "model_parallel_reconfigure_tp_seed",
+            "non_reentrant_checkpoint",
+            "reset",
+        ),
+        "deepspeed.activation_checkpointing.checkpointing",
+    ),
     "base_optimizer": {
         "DeepSpeedOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer",
         "ZeROOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer",

@@ -6,22 +6,9 @@ STAGE_3 = "sharding of parameters (stage 3)"
 OFFLOAD = "moving states to the host"
 PIPELINE = "pipeline parallelism"
 SEQUENCE = "sequence parallelism"
-CHECKPOINTING = "activation checkpointing"
 
 # old module -> (the feature it belongs to, names that scripts import from it)
 LATER: dict[str, tuple[str, tuple[str, ...]]] = {
-    "activation_checkpointing": (CHECKPOINTING, ()),
-    "activation_checkpointing.checkpointing": (
-        CHECKPOINTING,
-        (
-            "checkpoint",
-            "configure",
-            "get_cuda_rng_tracker",
-            "is_configured",
-            "model_parallel_cuda_manual_seed",
-            "reset",
-        ),
-    ),
     "checkpoint_engine": ("saving and resuming of training state", ()),
     "checkpoint_engine.torch_checkpoint_engine": (
         "saving and resuming of training state",

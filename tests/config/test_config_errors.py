@@ -189,8 +189,8 @@ CONFLICTS = [
         ["zenflow.select_interval: expected", "got 3", "set select_strategy"],
     ),
     (
-        {"activation_checkpointing": {"cpu_checkpointing": True}},
-        ["activation_checkpointing.cpu_checkpointing: expected partition_activations", "got false", "set it"],
+        {"activation_checkpointing": {"contiguous_memory_optimization": True}},
+        ["activation_checkpointing.number_checkpoints: expected a number", "got null", "add it"],
     ),
     (
         {"compile": {"passes": ["z1", "autotp"]}},
@@ -265,7 +265,6 @@ UNBUILT = [
     ({ZERO: {"zero_quantized_gradients": True}}, f"{ZERO}.zero_quantized_gradients: "),
     ({ZERO: {"mics_shard_size": 2}}, f"{ZERO}.mics_shard_size: "),
     ({"optimizer": {"type": "OneBitAdam"}}, "optimizer.type: "),
-    ({"activation_checkpointing": {"profile": True}}, "activation_checkpointing.profile: "),
     ({"flops_profiler": {"enabled": True}}, "flops_profiler.enabled: "),
     ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal: "),
     ({"checkpoint": {"checkpoint_serialization": False}}, "checkpoint.checkpoint_serialization: "),
