@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
-from torch.utils.checkpoint import noop_context_fn
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.activation_checkpointing.boundaries import (
@@ -90,11 +89,25 @@ def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
     The second run draws the same random numbers. Nested calls, `torch.no_grad`, repeated backward and
     ``torch.autograd.grad`` work. A function must not depend on anything that changes before backward.
     """
+    boundaries = _boundaries()
+    if boundaries or _settings.stores:
+        return _checkpoint_with(boundaries, function, args)
+    return torch_checkpoint(function, *args, use_reentrant=False)
+
+
+# Inside a compiled function this part stays eager: hooks and contexts of ours cannot be traced.
+@torch._disable_dynamo  # type: ignore[attr-defined,untyped-decorator]
+def _checkpoint_with(boundaries: list[Boundary], function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     saving: AbstractContextManager[Any] = nullcontext()
     if _settings.stores and torch.is_grad_enabled():
         saving = storing(_settings.stores, args)
     with saving:
-        return torch_checkpoint(function, *args, use_reentrant=False, context_fn=_contexts())
+        return torch_checkpoint(
+            function,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (Surrounded(boundaries, "forward"), Surrounded(boundaries, "recompute")),
+        )
 
 
 non_reentrant_checkpoint = checkpoint
@@ -188,16 +201,11 @@ def _model_parallel_seed(seed: int) -> int:
     return seed + _BETWEEN_STREAMS + _settings.axes.tensor_model_parallel_rank()
 
 
-def _contexts() -> Callable[[], Any]:
-    """Return torch's ``context_fn``; the neutral one, which can be compiled, where nothing else is asked for."""
-    boundaries = list(_settings.boundaries)
-    if not torch.compiler.is_compiling() and (
-        _CUDA_RNG_STATE_TRACKER.states_ or not get_accelerator().on_host
-    ):
-        boundaries.append(SameNumbers(_CUDA_RNG_STATE_TRACKER))
-    if not boundaries:
-        return noop_context_fn
-    return lambda: (Surrounded(boundaries, "forward"), Surrounded(boundaries, "recompute"))
+def _boundaries() -> list[Boundary]:
+    eager_device = not get_accelerator().on_host and not torch.compiler.is_compiling()
+    if _CUDA_RNG_STATE_TRACKER.states_ or eager_device:
+        return [*_settings.boundaries, SameNumbers(_CUDA_RNG_STATE_TRACKER)]
+    return _settings.boundaries
 
 
 def _section_of(config: Any) -> ActivationCheckpointingSection:

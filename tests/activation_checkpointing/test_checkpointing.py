@@ -71,6 +71,20 @@ def test_inputs_are_given_up_where_a_copy_is_kept(way):
     assert alive(model) == 0
 
 
+def test_every_input_goes_through_host_memory_as_torch_does_it():
+    checkpointing.configure(None, checkpoint_in_cpu=True)
+    (store,) = checkpointing._settings.stores
+    hooks, moved = store._hooks, []
+
+    def pack(tensor, pack_to_cpu=hooks.pack_hook):
+        moved.append(tensor.numel())
+        return pack_to_cpu(tensor)
+
+    hooks.pack_hook = pack
+    gradients_of(Stack(checkpointing.checkpoint))
+    assert moved == [5 * WIDTH, WIDTH] * LAYERS
+
+
 def test_only_what_is_inside_is_recomputed():
     calls = []
 
@@ -104,9 +118,6 @@ def test_parameters_train_though_no_input_needs_a_gradient():
 def test_parameters_among_the_arguments_are_not_copied():
     checkpointing.configure(None, **{**CONTIGUOUS, "num_checkpoints": 1})
     weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
-    hidden = torch.randn(2, 4)
-    for weight in weights:
-        hidden = checkpointing.checkpoint(nn.functional.linear, hidden[:1], weight) if hidden is None else hidden
     loss = sum(checkpointing.checkpoint(lambda w: w.square().sum(), weight) for weight in weights)
     loss.backward()
     assert all(torch.equal(weight.grad, 2 * weight) for weight in weights)
@@ -199,7 +210,7 @@ def test_a_tensor_that_recomputation_leaves_behind_keeps_its_values():
     left = []
 
     def layer(x):
-        left.append(x)
+        left.append(x.detach())
         return x.sin()
 
     for value in (1.0, 2.0):
@@ -282,7 +293,9 @@ def test_arguments_override_the_file(tmp_path, as_file):
 
 @pytest.mark.parametrize("engine_first", [False, True])
 def test_arguments_override_an_engines_section_in_either_order(engine_first):
-    section = load_config({"train_batch_size": 2, "activation_checkpointing": SECTION}).activation_checkpointing
+    section = load_config(
+        {"train_batch_size": 2, "activation_checkpointing": SECTION}
+    ).activation_checkpointing
     if engine_first:
         checkpointing.configure_from(section)
         assert checkpointing.is_configured()
@@ -302,7 +315,10 @@ def test_arguments_override_an_engines_section_in_either_order(engine_first):
         ({"num_checkpoints": 0}, r"number_checkpoints: expected an integer of at least 1, got 0"),
         ({"profile": "often"}, r"profile: expected true or false, got \"often\""),
         ({"deepspeed_config": 3}, r"deepspeed_config: expected a dict, a path or a DeepSpeedConfig, got int"),
-        ({"deepspeed_config": {"activation_checkpointing": {"cpu": 1}}}, r"activation_checkpointing\.cpu: exp"),
+        (
+            {"deepspeed_config": {"activation_checkpointing": {"cpu": 1}}},
+            r"activation_checkpointing\.cpu: exp",
+        ),
     ],
 )
 def test_wrong_settings_are_refused_and_change_nothing(asked, message):
@@ -331,6 +347,31 @@ def test_streams_are_replayed_and_go_on_afterwards():
         return [source.grad, stream, torch.rand(1)]
 
     assert_same(run(checkpointing.checkpoint), run(lambda function, *args: function(*args)))
+
+
+def test_a_device_without_inputs_on_it_draws_the_same_too():
+    generator = torch.Generator().manual_seed(4)
+
+    class Elsewhere(Accelerator):
+        on_host = False
+
+        def get_rng_state(self, device_index=None):
+            return generator.get_state()
+
+        def set_rng_state(self, new_state, device_index=None):
+            generator.set_state(new_state)
+
+    before = get_accelerator()
+    set_accelerator(Elsewhere("cpu"))
+    try:
+        source = torch.ones(4, requires_grad=True)
+        output = checkpointing.checkpoint(lambda x: x * torch.rand(4, generator=generator), source)
+        following = generator.get_state()
+        output.sum().backward()
+        assert torch.equal(source.grad, output)
+        assert torch.equal(generator.get_state(), following)
+    finally:
+        set_accelerator(before)
 
 
 def test_seeds_are_megatrons_and_the_common_stream_is_untouched():
@@ -368,7 +409,10 @@ def test_streams_are_named_when_they_are_missing_or_there_already():
         tracker.add("mine", 4)
     with pytest.raises(UsageError, match="seed 3 again"):
         tracker.add("yours", 3)
-    with pytest.raises(UsageError, match=r"one of the streams \['mine'\], got 'yours'"), tracker.fork("yours"):
+    with (
+        pytest.raises(UsageError, match=r"one of the streams \['mine'\], got 'yours'"),
+        tracker.fork("yours"),
+    ):
         pass
 
 
@@ -401,6 +445,19 @@ def test_plain_checkpoints_compile_in_one_graph():
         return graph
 
     layer = nn.Linear(WIDTH, WIDTH)
-    compiled = torch.compile(lambda x: checkpointing.checkpoint(layer, x).sin(), backend=backend, fullgraph=True)
+    compiled = torch.compile(
+        lambda x: checkpointing.checkpoint(layer, x).sin(), backend=backend, fullgraph=True
+    )
     compiled(batch(0)).sum().backward()
     assert len(graphs) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, after a graph break
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_may_stand_in_a_compiled_function(way):
+    checkpointing.configure(None, **WAYS[way])
+    layer = nn.Linear(WIDTH, WIDTH)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: checkpointing.checkpoint(layer, x.sin()).sum(), backend="eager")
+    compiled(batch(0)).backward()
+    torch.testing.assert_close(layer.weight.grad, batch(0).sin().sum(0).expand(WIDTH, WIDTH))
