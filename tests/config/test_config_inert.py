@@ -15,6 +15,11 @@ from deepspeed.config.unbuilt import TABLE
 PACKAGE = Path(deepspeed.__file__).parent
 
 READ = {
+    "activation_checkpointing/checkpointing.py": """
+        activation_checkpointing.partition_activations activation_checkpointing.cpu_checkpointing
+        activation_checkpointing.contiguous_memory_optimization activation_checkpointing.number_checkpoints
+        activation_checkpointing.synchronize_checkpoint_boundary activation_checkpointing.profile
+    """,
     "config/batch.py": "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps",
     "config/loading.py": "data_parallel_size log_level verbose",
     "config/rules.py": "amp.enabled data_types.param_dtype sparse_gradients",
