@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpt_example import EXAMPLES, run, run_script, write_text
+from gpt_example import EXAMPLES, ROOT, run, run_script, write_text
 
 OVER_BUDGET = EXAMPLES / "zero3_over_budget.py"
 LORA = EXAMPLES / "lora_zero3.py"
@@ -43,20 +43,20 @@ def test_over_budget_trains_on_the_ranks_it_asks_for(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_lora_learns_and_saves_the_adapter_whole(tmp_path, architecture):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
     options = ("--architecture", architecture, "--steps", 10)
     output = on_two_ranks(LORA, *options, folder=tmp_path)
     curve = losses(output)
     assert curve[-1] < curve[0] - 0.3
     folder = tmp_path / "runs" / "lora"
     names = {path.name for path in folder.iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= names <= {"README.md", *names}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
     saved = peft.utils.load_peft_weights(str(folder), device="cpu")
     said = int(re.search(r"Saved ([\d,]+) of", output)[1].replace(",", ""))
     assert sum(value.numel() for value in saved.values()) == said
     assert all(value.any() for value in saved.values())  # trained: B starts as zeros
     assert {min(value.shape) for value in saved.values()} == {8}
-    assert transformers.__version__
 
 
 def test_generating_from_shards_equals_generating_from_the_whole_model(tmp_path):
@@ -79,3 +79,12 @@ def test_a_missing_package_is_one_sentence(tmp_path, script, missing, needed):
     code = f"{hide}runpy.run_path({str(script)!r}, run_name='__main__')"
     errors = run([sys.executable, "-c", code], folder=tmp_path, expect=1)
     assert errors == f"{script.stem}: {missing} is not installed; pip install {needed}\n"
+
+
+def test_the_code_in_the_guide_runs_on_two_ranks(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "stage-3.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    script = tmp_path / "script.py"
+    script.write_text("\n".join(blocks))
+    output = on_two_ranks(script, folder=tmp_path)
+    assert output.count("per GPU") == 1
