@@ -38,6 +38,7 @@ _NAMES = {
     "checkpointing": "deepspeed.activation_checkpointing",
     "logger": "deepspeed.common.logging",
     "log_dist": "deepspeed.common.logging",
+    "OnDevice": "deepspeed.zero.on_device",
 }
 _MODULES = frozenset(
     {
@@ -47,6 +48,7 @@ _MODULES = frozenset(
         "ops",
         "runtime",
         "utils",
+        "zero",
         "monitor",
         "launcher",
         "git_version_info",
@@ -55,11 +57,9 @@ _MODULES = frozenset(
 _LATER = {
     "init_inference": "inference",
     "moe": "expert parallelism",
-    "OnDevice": "sharding of parameters (stage 3)",
     "pipe": "pipeline parallelism",
     "PipelineModule": "pipeline parallelism",
     "tp_model_init": "tensor parallelism",
-    "zero": "sharding of parameters (stage 3)",
 }
 
 __all__ = [

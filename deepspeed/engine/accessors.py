@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class EngineAccessors(nn.Module):
     """Read-only answers about a running engine. Nothing here changes state."""
 
-    optimizer: ZeroOptimizer | None
+    _zero: ZeroOptimizer | None
     settings: DeepSpeedConfig
     batch: BatchSizes
     policy: PrecisionPolicy
@@ -56,13 +56,13 @@ class EngineAccessors(nn.Module):
 
     def get_global_grad_norm(self) -> float | None:
         """Norm of the averaged gradients of the last step, before clipping; None before the first step."""
-        norm = self.optimizer.global_grad_norm if self.optimizer is not None else None
+        norm = self._zero.global_grad_norm if self._zero is not None else None
         return None if norm is None else float(norm)
 
     @property
     def cur_scale(self) -> float:
         """The loss scale; 1 where the loss is not scaled."""
-        return self.optimizer.loss_scale if self.optimizer is not None else 1.0
+        return self._zero.loss_scale if self._zero is not None else 1.0
 
     def loss_scale(self) -> float:
         """The loss scale; 1 where the loss is not scaled."""
@@ -70,7 +70,7 @@ class EngineAccessors(nn.Module):
 
     def dynamic_loss_scale(self) -> bool:
         """Whether the loss scale adapts to overflows."""
-        return self.optimizer is not None and self.optimizer.loss_scaler.dynamic
+        return self._zero is not None and self._zero.loss_scaler.dynamic
 
     def gradient_clipping(self) -> float:
         """Largest global gradient norm; 0 does not clip."""
@@ -160,7 +160,7 @@ class EngineAccessors(nn.Module):
     # -- helpers ----------------------------------------------------------------------------------
 
     def _param_groups(self) -> list[dict[str, Any]]:
-        return [] if self.optimizer is None else self.optimizer.param_groups
+        return [] if self._zero is None else self._zero.param_groups
 
     def get_parameter_dtypes(self) -> list[dict[str, str]]:
         """One row per kind of parameter: storage, compute, reduce, accumulate and master dtype."""

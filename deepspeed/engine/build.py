@@ -31,6 +31,7 @@ from deepspeed.zero.optimizer import StepRules, ZeroOptimizer
 from deepspeed.zero.reducer import Reducer
 from deepspeed.zero.slot import slot_of
 from deepspeed.zero.stage import RankGroup, Sharding
+from deepspeed.zero.unit import Unit
 
 
 @dataclass
@@ -47,6 +48,7 @@ class EngineParts:
     optimizer: ZeroOptimizer | None
     reducer: Reducer | None
     gatherer: Gatherer | None
+    units: list[Unit]
     lr_scheduler: Any
     training_dataloader: Any
     make_loader: Callable[..., Any]
@@ -105,6 +107,7 @@ def build_parts(
         optimizer=optimizer,
         reducer=reducer,
         gatherer=sharded.gatherer,
+        units=sharded.units,
         lr_scheduler=_schedule(settings, client_scheduler, optimizer),
         training_dataloader=loader,
         make_loader=make_loader,

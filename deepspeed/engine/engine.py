@@ -22,6 +22,7 @@ from deepspeed.common.logging import logger, warn_once
 from deepspeed.engine.accessors import EngineAccessors
 from deepspeed.engine.feature import Feature
 from deepspeed.engine.inputs import InputRules, tensors_in
+from deepspeed.engine.memory import MemoryControl
 from deepspeed.engine.watch import OutputWatch
 from deepspeed.engine.weights import WeightSaving
 from deepspeed.errors import ConfigError, NotBuiltError, UsageError
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
     from deepspeed.engine.build import EngineParts
 
 
-class DeepSpeedEngine(WeightSaving, EngineAccessors):
+class DeepSpeedEngine(WeightSaving, MemoryControl, EngineAccessors):
     """A module that trains: made by `deepspeed.initialize`, used like the module it wraps.
 
     Attributes that the module has and the engine has not are the module's.
 
     Attributes:
         module: the user's module; its parameters are views of the engine's flats.
-        optimizer: the `ZeroOptimizer`, or None where there is nothing to train.
+        optimizer: the `ZeroOptimizer`; where there is nothing to train, the `Gatherer` at stage 3, else None.
         lr_scheduler: the schedule that `step` advances; may be set to None.
         training_dataloader: loader over `training_data`, or None.
         config: the configuration as the user gave it.
@@ -59,13 +60,15 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         self.policy = parts.policy
         self.data_parallel = parts.data_parallel
         self.device = parts.device
-        self.optimizer = parts.optimizer
+        self.optimizer: Any = parts.optimizer or parts.gatherer
+        self._zero = parts.optimizer
         self.lr_scheduler = parts.lr_scheduler
         self.training_dataloader = parts.training_dataloader
         self.mpu = parts.mpu
         self.global_steps = self.micro_steps = self.global_samples = self.skipped_steps = 0
         self._reducer = parts.reducer
         self._gatherer = parts.gatherer
+        self._units = parts.units
         self._sharding = parts.sharding
         self._features: list[Feature] = parts.features
         self._make_loader: Callable[..., Any] = parts.make_loader
@@ -78,8 +81,8 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         self._micro_batches = 0  # since the last update
         if self._reducer is not None:
             self._reducer.on_implicit_backward = partial(_implicit_backward, weakref.ref(self))
-        if self.optimizer is not None:
-            self.optimizer.owner = weakref.ref(self)
+        if self._zero is not None:
+            self._zero.owner = weakref.ref(self)
         self._frozen = [(name, p) for name, p in self.module.named_parameters() if not p.requires_grad]
         self._watch_hook = self.module.register_forward_hook(OutputWatch(self))
 
@@ -338,22 +341,22 @@ class DeepSpeedEngine(WeightSaving, EngineAccessors):
         under ``zero.GatheredParameters`` or given to another engine.
         """
         self._watch_hook.remove()
-        if self.optimizer is not None:
-            self.optimizer.detach()
+        if self._zero is not None:
+            self._zero.detach()
         for feature in self._features:
             feature.close()
         self._features = []
         if self._gatherer is not None:
             self._gatherer.detach()
-        self.optimizer = self._reducer = self._gatherer = self.lr_scheduler = None
+        self.optimizer = self._zero = self._reducer = self._gatherer = self.lr_scheduler = None
 
     def _training_parts(self, call: str) -> tuple[Any, Any]:
-        if self.optimizer is None or self._reducer is None:
+        if self._zero is None or self._reducer is None:
             raise UsageError(
                 f"engine.{call}: this engine has no optimizer; give deepspeed.initialize an optimizer, or an "
                 '"optimizer" section in the configuration'
             )
-        return self.optimizer, self._reducer
+        return self._zero, self._reducer
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -13,7 +13,6 @@ from deepspeed.engine.optimizers import leaf_kind
 from deepspeed.errors import ConfigError
 from deepspeed.precision.policy import PrecisionPolicy
 from deepspeed.zero.gatherer import Gatherer, GatherLimits
-from deepspeed.zero.grouping import NamedParameter
 from deepspeed.zero.leaf_modules import modules_together
 from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.partition import UnitPlan, make_units

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from deepspeed import comm
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+from deepspeed.zero.gathered import whole_values
 
 if TYPE_CHECKING:
     from deepspeed.zero.stage import RankGroup
@@ -22,15 +24,40 @@ class WeightSaving(nn.Module):
 
     module: nn.Module
     data_parallel: RankGroup
+    zero_optimization_partition_weights: Callable[[], bool]
 
     def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
-        """Return the module's state dict, without frozen parameters if asked."""
-        state: dict[str, Any] = self.module.state_dict()
-        if exclude_frozen_parameters:
+        """Return the module's state dict with whole weights, without frozen parameters if asked.
+
+        At stage 3 every rank must call it, and the weights are copies in host memory.
+        """
+        state = self._whole_state(exclude_frozen_parameters, keep=True)
+        assert state is not None  # it was kept
+        return state
+
+    def _zero3_consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> dict[str, Any] | None:
+        """Return whole weights in host memory on the first rank, None elsewhere; every rank must call it.
+
+        Raises:
+            ValueError: parameters are not sharded.
+        """
+        if not self.zero_optimization_partition_weights():
+            raise ValueError(
+                "zero_optimization.stage: expected 3 for consolidated weights; below it module.state_dict() has them"
+            )
+        return self._whole_state(exclude_frozen_parameters, keep=self.data_parallel.rank == 0)
+
+    _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
+
+    def _whole_state(self, exclude_frozen: bool, *, keep: bool) -> dict[str, Any] | None:
+        state: dict[str, Any] = self.module.state_dict(keep_vars=True)
+        if exclude_frozen:
             for name, param in self.module.named_parameters(remove_duplicate=False):
                 if not param.requires_grad:
                     state.pop(name, None)
-        return state
+        return whole_values(state, keep=keep)
 
     def save_16bit_model(
         self,
@@ -45,10 +72,12 @@ class WeightSaving(nn.Module):
         Returns:
             True: the weights are always complete.
         """
-        if self.data_parallel.rank == 0:
+        first = self.data_parallel.rank == 0
+        state = self._whole_state(exclude_frozen_parameters, keep=first)
+        if state is not None:
             folder = Path(save_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            _write(self.module_state_dict(exclude_frozen_parameters), folder / save_filename)
+            _write(state, folder / save_filename)
         if self.data_parallel.size > 1:
             comm.barrier(group=self.data_parallel.process_group)
         return True

@@ -70,13 +70,52 @@ TABLE: dict[str, dict[str, str]] = {
         "see_memory_usage": "deepspeed.common.memory",
         "set_random_seed": "deepspeed.common.seeds",
     },
-    "zero": {},
+    "zero": dict.fromkeys(
+        ("GatheredParameters", "Init", "MiCS_Init", "TiledLinear", "register_external_parameter"),
+        "deepspeed.zero",
+    ),
     "zero.config": {"DeepSpeedZeroConfig": "deepspeed.config.zero:ZeroSection"},
     "zero.offload_config": {
         "DeepSpeedZeroOffloadOptimizerConfig": "deepspeed.config.zero:OffloadOptimizerSection",
         "DeepSpeedZeroOffloadParamConfig": "deepspeed.config.zero:OffloadParamSection",
+        "OffloadDeviceEnum": "deepspeed.zero.parking",
+        "OffloadStateTypeEnum": "deepspeed.zero.parking",
     },
-    "zero.stage_1_and_2": {"DeepSpeedZeroOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer"},
+    "zero.parameter_offload": {"DeepSpeedZeRoOffload": "deepspeed.zero.gatherer:Gatherer"},
+    "zero.partition_parameters": {
+        "GatheredParameters": "deepspeed.zero",
+        "Init": "deepspeed.zero",
+        "ZeroParamStatus": "deepspeed.zero",
+        "_orig_torch_arange": "deepspeed.zero.constructors:TORCH_ARANGE",
+        "get_accelerator": "deepspeed.accelerator",
+        "register_external_parameter": "deepspeed.zero",
+        "unregister_external_parameter": "deepspeed.zero",
+        "zero_wrapper_for_fp_tensor_constructor": "deepspeed.zero.constructors:with_target",
+    },
+    "zero.stage3": {
+        "DeepSpeedZeroOptimizer_Stage3": "deepspeed.zero.optimizer:ZeroOptimizer",
+        **dict.fromkeys(
+            (
+                "estimate_zero3_model_states_mem_needs",
+                "estimate_zero3_model_states_mem_needs_all_cold",
+                "estimate_zero3_model_states_mem_needs_all_live",
+            ),
+            "deepspeed.zero",
+        ),
+    },
+    "zero.tiling": dict.fromkeys(("TiledLinear", "TiledLinearReturnBias"), "deepspeed.zero"),
+    "zero.utils": {"is_zero_param": "deepspeed.zero.slot"},
+    "zero.stage_1_and_2": {
+        "DeepSpeedZeroOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer",
+        **dict.fromkeys(
+            (
+                "estimate_zero2_model_states_mem_needs",
+                "estimate_zero2_model_states_mem_needs_all_cold",
+                "estimate_zero2_model_states_mem_needs_all_live",
+            ),
+            "deepspeed.zero",
+        ),
+    },
 }
 
 

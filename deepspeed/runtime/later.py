@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-STAGE_3 = "sharding of parameters (stage 3)"
-OFFLOAD = "moving states to the host"
 PIPELINE = "pipeline parallelism"
 SEQUENCE = "sequence parallelism"
 
@@ -34,21 +32,4 @@ LATER: dict[str, tuple[str, tuple[str, ...]]] = {
         SEQUENCE,
         ("TiledMLP", "UlyssesSPAttentionHF", "UlyssesSPDataLoaderAdapter"),
     ),
-    "zero": (STAGE_3, ("GatheredParameters", "Init", "TiledLinear", "register_external_parameter")),
-    "zero.offload_config": (OFFLOAD, ("OffloadDeviceEnum", "OffloadStateTypeEnum")),
-    "zero.parameter_offload": (STAGE_3, ("DeepSpeedZeRoOffload",)),
-    "zero.partition_parameters": (
-        STAGE_3,
-        (
-            "GatheredParameters",
-            "Init",
-            "ZeroParamStatus",
-            "_orig_torch_arange",
-            "register_external_parameter",
-            "zero_wrapper_for_fp_tensor_constructor",
-        ),
-    ),
-    "zero.stage3": (STAGE_3, ("DeepSpeedZeroOptimizer_Stage3",)),
-    "zero.tiling": (STAGE_3, ("TiledLinear", "TiledLinearReturnBias")),
-    "zero.utils": (STAGE_3, ("is_zero_param",)),
 }

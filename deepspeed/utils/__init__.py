@@ -5,6 +5,7 @@ from deepspeed.utils import groups, logging, timer
 
 WHERE = {
     "instrument_w_nvtx": "deepspeed.common.ranges",
+    "get_z3_leaf_modules": "deepspeed.zero.leaf_modules",
     "is_initialized": "deepspeed.comm",
     "log_dist": "deepspeed.common.logging",
     "logger": "deepspeed.common.logging",
@@ -23,19 +24,15 @@ WHERE = {
     "safe_set_local_optimizer_state": "deepspeed.zero.access",
     "see_memory_usage": "deepspeed.common.memory",
     "set_random_seed": "deepspeed.common.seeds",
+    "set_z3_leaf_module": "deepspeed.zero.leaf_modules",
+    "set_z3_leaf_modules": "deepspeed.zero.leaf_modules",
+    "unset_z3_leaf_modules": "deepspeed.zero.leaf_modules",
+    "z3_leaf_module": "deepspeed.zero.leaf_modules",
     "RepeatingLoader": "deepspeed.data",
     "SynchronizedWallClockTimer": "deepspeed.common.timers",
     "ThroughputTimer": "deepspeed.common.timers",
 }
 
-LATER = {
-    "get_z3_leaf_modules": "sharding of parameters (stage 3)",
-    "set_z3_leaf_module": "sharding of parameters (stage 3)",
-    "set_z3_leaf_modules": "sharding of parameters (stage 3)",
-    "unset_z3_leaf_modules": "sharding of parameters (stage 3)",
-    "z3_leaf_module": "sharding of parameters (stage 3)",
-}
-
-__getattr__ = lazy_names(__name__, WHERE, LATER)
+__getattr__ = lazy_names(__name__, WHERE)
 
 __all__ = ["groups", "logging", "timer", *WHERE]

@@ -34,22 +34,15 @@ def patch_modules(around: Callable[[nn.Module, Callable[[], None]], None]) -> No
     for cls in {nn.Module, *_subclasses(nn.Module)}:
         if "__init__" in cls.__dict__ and cls is not nn.Module:
             _wrap_class(cls, around)
-    before = nn.Module.__dict__.get("__init_subclass__")
+    module: Any = nn.Module
 
-    def on_new_class(cls: type, **kwargs: Any) -> None:
-        super(nn.Module, cls).__init_subclass__(**kwargs)
+    def on_new_class(cls: Any, /, **kwargs: Any) -> None:
+        super(module, cls).__init_subclass__(**kwargs)
         if "__init__" in cls.__dict__:
             _wrap_class(cls, around)
 
-    nn.Module.__init_subclass__ = classmethod(on_new_class)  # type: ignore[assignment]
-
-    def restore() -> None:
-        if before is None:
-            del nn.Module.__init_subclass__
-        else:
-            nn.Module.__init_subclass__ = before
-
-    _restore.append(restore)
+    module.__init_subclass__ = classmethod(on_new_class)
+    _restore.append(lambda: delattr(module, "__init_subclass__"))
 
 
 def unpatch() -> None:
@@ -90,7 +83,7 @@ def _replace(owner: Any, name: str, value: Any) -> None:
     _restore.append(lambda: setattr(owner, name, before))
 
 
-def _subclasses(cls: type) -> Iterator[type]:
+def _subclasses(cls: Any) -> Iterator[Any]:
     for one in cls.__subclasses__():
         yield one
         yield from _subclasses(one)

@@ -64,7 +64,7 @@ class GatheredParameters:
                 for slot in alone:
                     unit.show(slot.index)
                 self._alone += alone
-        self._versions = [one._version for one in self._params]
+        self._before = self._fingerprints() if self._modifier is None else []
         return self
 
     def __exit__(self, kind: Any, *error: Any) -> None:
@@ -103,15 +103,14 @@ class GatheredParameters:
 
     def _changed_anywhere(self, everyone: RankGroup) -> list[Any]:
         """Find the parameters that some rank has changed."""
-        flags = torch.tensor(
-            [
-                float(param._version != before or param.ds_slot.unit.differs(param.ds_slot.index))
-                for param, before in zip(self._params, self._versions, strict=True)
-            ],
-            device=self._params[0].device,
-        )
+        pairs = zip(self._before, self._fingerprints(), strict=True)
+        flags = torch.stack([(before != after).any() for before, after in pairs]).float()
         comm.all_reduce(flags, op=dist.ReduceOp.MAX, group=everyone.process_group)
         return [param for param, flag in zip(self._params, flags.tolist(), strict=True) if flag]
+
+    def _fingerprints(self) -> list[Tensor]:
+        """Return, for each parameter, what changes when it does: by its name, or through ``.data``."""
+        return [_fingerprint(param) for param in self._params]
 
     def _agree(self, param: Any, everyone: RankGroup) -> None:
         """Take the modifier's values, or make sure that all ranks have the same."""
@@ -127,3 +126,34 @@ class GatheredParameters:
                 f"GatheredParameters: {param.ds_slot.name} was changed in different ways on different ranks; "
                 "name the rank whose values count, modifier_rank=0, or make the same change on every rank"
             )
+
+
+def _fingerprint(param: Any) -> Tensor:
+    bits = (
+        param.detach()
+        .contiguous()
+        .reshape(-1)
+        .view(torch.uint8 if param.element_size() == 1 else torch.int16)
+    )
+    return torch.stack([bits.sum(dtype=torch.int64), torch.full_like(bits[:1].sum(), param._version)])
+
+
+def whole_values(state: dict[str, Any], *, keep: bool) -> dict[str, Any] | None:
+    """Return a state dict with whole values, one parameter after the other; None where they are not kept.
+
+    Args:
+        state: names and tensors (``state_dict(keep_vars=True)``), the same names on every rank. What is
+            released is copied to host memory, a tensor that stands under two names once.
+        keep: whether this rank wants them.
+    """
+    copies: dict[int, Tensor] = {}
+    whole = {}
+    for name, value in state.items():
+        if isinstance(value, ShardedParameter) and not value.ds_persist:
+            if id(value) not in copies:
+                with GatheredParameters(value):
+                    copies[id(value)] = state[name].detach().cpu().clone() if keep else torch.empty(0)
+            whole[name] = copies[id(value)]
+        else:
+            whole[name] = value.detach() if isinstance(value, Tensor) else value
+    return whole if keep else None

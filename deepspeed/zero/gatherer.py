@@ -38,8 +38,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
 from deepspeed.errors import UsageError
+from deepspeed.zero import external
 from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.order import UseOrder
+from deepspeed.zero.slot import slot_of
 from deepspeed.zero.unit import Unit
 
 STALE = 2
@@ -119,6 +121,8 @@ class Gatherer:
             self.forward_hooks.append(part.register_forward_pre_hook(_Enter(me, units), prepend=True))
             self.forward_hooks.append(part.register_forward_hook(_Leave(me), always_call=True))
 
+    _register_deepspeed_module = attach  # what TRL calls after generate()
+
     def detach(self) -> None:
         """Remove the hooks, and release what is gathered."""
         for hook in self.forward_hooks:
@@ -139,6 +143,10 @@ class Gatherer:
         self._frames.append(frame)
         for unit in units:
             self._use(unit, frame)
+        for _, param in external.of(module)():
+            slot = slot_of(param)
+            if slot is not None:
+                self._use(slot.unit, frame)
         if torch.is_grad_enabled() and not self._is_on_top():
             frame.hooks = self._save_hooks()
             frame.hooks.__enter__()
@@ -350,6 +358,7 @@ def anchors_of(module: nn.Module, units: Iterable[Unit]) -> dict[nn.Module, list
     anchors: dict[nn.Module, dict[Unit, None]] = {module: {}}
     paths: dict[Unit, list[list[str]]] = {}
     for path, part in module.named_modules():
+        external.of(part)
         for param in part._parameters.values():
             unit = unit_of.get(id(param))
             if unit is not None:

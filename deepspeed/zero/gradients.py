@@ -71,7 +71,7 @@ class UnitGradients:
         else:
             self.keep_local()
             wire, self._local = self._local, None
-            if self.unit.sharding.ranks > 1:  # alone, nothing is sent, so nothing is rounded
+            if self.unit.sharding.everyone.size > 1:  # alone, nothing is sent, so nothing is rounded
                 local = wire
                 wire = self._pool.take(local.numel(), self.unit.dtypes.reduce).copy_(local)
                 self._pool.give(local)
@@ -110,6 +110,12 @@ class UnitGradients:
         for param, view, used in zip(self.unit.params, self.unit.views(shard), self.used, strict=True):
             param.grad = view if used else None
         self._exposed = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of gradients kept on this rank."""
+        kept = (self.shard, self._local)
+        return sum(one.numel() * one.element_size() for one in kept if one is not None)
 
     def clear(self) -> None:
         """Forget all gradients and give the buffers back."""

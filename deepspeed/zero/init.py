@@ -102,7 +102,10 @@ class Init:
         if source is not None:
             settings = read_config(source, bf16_supported=get_accelerator().is_bf16_supported())
             zero = settings.zero_optimization
-            mics, hpz = zero.mics_shard_size if zero.mics_shard_size > 0 else None, zero.zero_hpz_partition_size
+            mics, hpz = (
+                zero.mics_shard_size if zero.mics_shard_size > 0 else None,
+                zero.zero_hpz_partition_size,
+            )
             if dtype is None and (settings.fp16.enabled or settings.bf16.enabled):
                 self._dtype = torch.float16 if settings.fp16.enabled else torch.bfloat16
         self._sharding = sharding_for_stage(3, RankGroup.of(group), mics_size=mics, hpz_size=hpz)

@@ -63,10 +63,10 @@ def modules_together(model: nn.Module, listed: LeafModules, *, granularity: int 
     """
     found = set()
     for name, part in model.named_modules():
-        suffixed = any(name.endswith(suffix) for suffix in listed.name_suffixes)
-        if z3_leaf_module(part) or _is_any(part, listed.classes) or name in listed.names or suffixed:
-            found.add(name)
-        elif granularity and name and _fineness(part) < granularity:
+        suffixed = name.endswith(tuple(listed.name_suffixes))
+        too_fine = granularity > 0 and name != "" and _fineness(part) < granularity
+        marked = z3_leaf_module(part) or _is_any(part, listed.classes)
+        if marked or name in listed.names or suffixed or too_fine:
             found.add(name)
     return found
 

@@ -25,10 +25,12 @@ from deepspeed.errors import UsageError
 from deepspeed.zero.gatherer import Gatherer
 from deepspeed.zero.gradients import UnitGradients
 from deepspeed.zero.leaves import Leaf, make_leaves, split_leaf, take_state
+from deepspeed.zero.parking import OffloadStateTypeEnum, Parking
 from deepspeed.zero.reducer import Reducer
 from deepspeed.zero.slot import TrainedSlot, forget_slot
 from deepspeed.zero.stage import RankGroup
 from deepspeed.zero.unit import Unit
+from deepspeed.zero.wrapped import WrappedOptimizer
 
 NORM_PART = 65_536
 """Elements of a shard whose norm is taken at a time on the host."""
@@ -64,7 +66,7 @@ class StepRules:
     require_all: bool = False
 
 
-class ZeroOptimizer(torch.optim.Optimizer):
+class ZeroOptimizer(WrappedOptimizer):
     """A ``torch.optim.Optimizer`` whose groups and state are those of the inner optimizer, on shards.
 
     Args:
@@ -102,9 +104,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._reducer = reducer
         self._data_parallel = data_parallel
         self._norm: Tensor | None = None
-        self._hooks_before: OrderedDict[int, Callable] = OrderedDict()
-        self._hooks_after: OrderedDict[int, Callable] = OrderedDict()
+        self._hooks_before = OrderedDict()
+        self._hooks_after = OrderedDict()
         self._leaves = self._replace_params(whole_parameters)
+        self.parking = Parking(self._states)
         self._fuses = hasattr(inner, "update_leaf")
         if gatherer is not None:
             reducer.on_complete = gatherer.gradients_arrived
@@ -143,46 +146,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 leaf.tensor for unit_leaves in leaves.values() for leaf in unit_leaves if leaf.group is group
             ]
 
-    # -- torch.optim.Optimizer ------------------------------------------------------------------
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The inner optimizer's groups, themselves."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The inner optimizer's state, by leaf."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The inner optimizer's defaults."""
-        return self.optimizer.defaults
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: parameters are laid out when the engine is made."""
-        raise UsageError(
-            "add_param_group: parameters are laid out by deepspeed.initialize and cannot be added later; "
-            "pass all of them in model_parameters, or initialize again"
-        )
-
-    def register_step_pre_hook(self, hook: Callable) -> torch.utils.hooks.RemovableHandle:
-        """Call ``hook(optimizer, args, kwargs)`` before each step."""
-        return _register(self._hooks_before, hook)
-
-    def register_step_post_hook(self, hook: Callable) -> torch.utils.hooks.RemovableHandle:
-        """Call ``hook(optimizer, args, kwargs)`` after each step."""
-        return _register(self._hooks_after, hook)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that wait to be reduced too."""
         self._reducer.clear()
@@ -203,6 +166,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
                             leaf.out.copy_(leaf.tensor)
                     unit.publish()
 
+    def _states(self, kind: OffloadStateTypeEnum) -> list[Tensor]:
+        """Find the tensors of one kind of state."""
+        if kind is OffloadStateTypeEnum.optim_states:
+            values = [one for state in self.state.values() for one in state.values()]
+            return [one for one in values if isinstance(one, Tensor) and one.dim() > 0]
+        if kind is OffloadStateTypeEnum.hp_params:
+            return [unit.master for unit in self.units if unit.master is not unit.mine]
+        if kind is OffloadStateTypeEnum.lp_params:
+            return [unit.held for unit in self.units if not unit.reads_alone]
+        if kind is OffloadStateTypeEnum.lp_grads:
+            return [one.shard for one in self._reducer.gradients if one.shard is not None]
+        return []  # buffers of gradients are not kept on a device
+
     def detach(self) -> None:
         """Leave the parameters alone from now on: hooks and gradients go."""
         self._reducer.clear()
@@ -210,6 +186,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for unit in self.units:
             for param in unit.params:
                 forget_slot(param)
+        if self.parameter_offload is not None:
+            self.parameter_offload.detach()
 
     # -- what callers read ------------------------------------------------------------------------
 
@@ -257,6 +235,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             raise UsageError(
                 "optimizer.step: a closure cannot be used; gradients come from engine.backward(loss)"
             )
+        if not self.parking.is_empty:
+            raise UsageError("optimizer.step: states are away; call engine.reload_states() first")
         self.overflow = False
         for hook in self._hooks_before.values():
             hook(self, (), {})
@@ -421,12 +401,6 @@ def _norm(part: Tensor) -> Tensor:
 def _read(flag: Tensor) -> bool:
     """Ask the device for a flag. See Note [One scale, one flag]."""
     return bool(flag.item())
-
-
-def _register(hooks: OrderedDict[int, Callable], hook: Callable) -> torch.utils.hooks.RemovableHandle:
-    handle = torch.utils.hooks.RemovableHandle(hooks)
-    hooks[handle.id] = hook
-    return handle
 
 
 def _nobody() -> None:

@@ -16,7 +16,6 @@ from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.stage import Sharding
 from deepspeed.zero.unit import Unit
 
-
 Kind = Callable[[nn.Parameter], Hashable]
 
 

@@ -11,6 +11,7 @@ inside a forward the unit is gathered for it, elsewhere it is refused with the n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from functools import cache
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.errors import UsageError
-from deepspeed.zero.slot import Slot, slot_of
+from deepspeed.zero.slot import Slot
 
 if TYPE_CHECKING:
     from deepspeed.zero.unit import Unit
@@ -103,9 +104,8 @@ class ShardedParameter:
                 unit.settle()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if isinstance(self, ReleasedParameter):
-            raise _refusal([self], "copy.deepcopy")
-        copied = self.ds_base(self.data.clone(), self.requires_grad)  # type: ignore[attr-defined]
+        with _all_whole(_released_among(self), copy.deepcopy):
+            copied = self.ds_base(self.data.clone(), self.requires_grad)  # type: ignore[attr-defined]
         memo[id(self)] = copied
         return copied
 
@@ -120,7 +120,11 @@ class ReleasedParameter(ShardedParameter):
 
     @classmethod
     def __torch_function__(  # type: ignore[override]
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func in METADATA:
@@ -130,6 +134,8 @@ class ReleasedParameter(ShardedParameter):
             return Alias.of(args[0])
         if func in MOVES and _stays(func, *args, **kwargs):
             return args[0]
+        if func == SET_DATA and args[0] is args[1]:  # what Module.to() does with a parameter that stays
+            return None
         with _all_whole(_released_among((args, kwargs)), func):
             return func(*args, **kwargs)
 
@@ -152,7 +158,11 @@ class Alias(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func in ALIASES:
@@ -221,7 +231,12 @@ class _all_whole:
 
 
 def _refusal(tensors: list[Any], action: str) -> UsageError:
-    names = ", ".join(one.ds_slot.name for one in tensors)
+    names = ", ".join(dict.fromkeys(one.ds_slot.name for one in tensors))
+    if action in MOVING:
+        return UsageError(
+            f"{names}: expected to stay as deepspeed.initialize laid it out, got .{action}() to another dtype or "
+            "device; change the model before initialize"
+        )
     return UsageError(
         f"{names}: expected whole for {action}, but its values lie on {tensors[0].ds_slot.unit.layout.ranks} "
         "ranks between uses (ZeRO stage 3); on every rank, put it inside "
@@ -253,7 +268,10 @@ def _metadata() -> frozenset[Any]:
         "is_contiguous is_inference is_pinned is_shared is_signed get_device requires_grad_ register_hook "
         "register_post_accumulate_grad_hook has_names __hash__ __len__ __format__"
     )
-    creating = "zeros_like ones_like empty_like full_like rand_like randn_like is_floating_point is_complex numel is_tensor"
+    functions = (
+        "_has_compatible_shallow_copy_type zeros_like ones_like empty_like full_like rand_like randn_like "
+        "is_floating_point is_complex numel is_tensor"
+    )
     found: set[Any] = set()
     for name in readable.split():
         attribute = getattr(Tensor, name, None)
@@ -265,15 +283,16 @@ def _metadata() -> frozenset[Any]:
             found.add(attribute.__set__)
             found.add(getattr(attribute, "__delete__", attribute.__set__))
     found.update(getattr(Tensor, name) for name in callable_.split() if hasattr(Tensor, name))
-    found.update(getattr(Tensor, name) for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"))
-    found.update(getattr(torch, name) for name in creating.split() if hasattr(torch, name))
+    found.update(
+        getattr(Tensor, name) for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+    )
+    found.update(getattr(torch, name) for name in functions.split() if hasattr(torch, name))
     return frozenset(found)
 
 
 METADATA = _metadata()
 """Operations that read no values."""
 ALIASES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__})  # type: ignore[attr-defined]
-MOVES = frozenset(
-    getattr(Tensor, name)
-    for name in ("to", "cpu", "cuda", "float", "double", "half", "bfloat16", "type", "contiguous")
-)
+MOVING = ("to", "cpu", "cuda", "float", "double", "half", "bfloat16", "type")
+MOVES = frozenset(getattr(Tensor, name) for name in (*MOVING, "contiguous"))
+SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]

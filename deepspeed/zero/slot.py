@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -65,3 +65,8 @@ def forget_slot(param: Tensor) -> None:
         param.ds_slot = Slot(slot.unit, slot.index)  # type: ignore[attr-defined]
     else:
         del param.ds_slot  # type: ignore[attr-defined]
+
+
+def is_zero_param(parameter: Any) -> bool:
+    """Whether a parameter is sharded as stage 3 does it."""
+    return hasattr(parameter, "ds_id")

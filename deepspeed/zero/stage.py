@@ -57,8 +57,8 @@ class Sharding:
 
     A gradient is reduce-scattered over `shard_group`, then all-reduced over `replica_group`. Parameters are
     kept split over `hold_group`: gathering them is an all-gather there, and an updated shard is spread over
-    `spread_group`, the ranks that keep a copy of it; `everyone` is all data-parallel ranks. The members of a hold group are neighbours in the
-    shard group, so rank ``spread * hold_group.size + hold`` of the shard group is this one.
+    `spread_group`, the ranks that keep a copy of it. `everyone` is all data-parallel ranks. The members of a
+    hold group are neighbours in the shard group: ``spread rank * hold size + hold rank`` is the shard rank.
 
     A group of one communicates nothing, and that is all that distinguishes the stages.
     """

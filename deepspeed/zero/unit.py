@@ -85,7 +85,7 @@ class Unit:
         self.dtypes = dtypes
         self.users = self.updates = 0
         self.is_whole = True
-        self.first_id = [next(_IDS) for _ in named][0]
+        self.first_id = _numbers(len(named))
         self.demand: Demand = _refuse
         self._meter = meter or GatherMeter()
         self._block: Block | None = None
@@ -220,7 +220,7 @@ class Unit:
                     block.read(rank, index * chunk, row[rank])
 
     def gather(self) -> None:
-        """Make the parameters whole."""
+        """Make the parameters whole, waiting for a gather that is under way."""
         self.start_gather()
         if self._work:
             for work in self._work:
@@ -320,20 +320,6 @@ class Unit:
                 changed = master.to(self.dtypes.storage) != part.to(self.dtypes.storage)
                 master.copy_(torch.where(changed, part.to(master.dtype), master))
 
-    def differs(self, index: int) -> bool:
-        """Whether a parameter that can be read differs, in this rank's shard, from what is stored."""
-        flat_value = self.params[index].detach().reshape(-1)
-        return any(
-            bool(
-                (
-                    self.master[piece.shard_start : piece.shard_stop].to(flat_value.dtype)
-                    != flat_value[piece.param_start : piece.param_stop]
-                ).any()
-            )
-            for piece in self.my_pieces()
-            if piece.index == index
-        )
-
     def _held_chunks(self) -> range:
         near, spread = self.sharding.hold_group, self.sharding.spread_group
         return range(near.rank, near.size * spread.size, near.size)
@@ -399,6 +385,11 @@ class Unit:
             self.held.view(-1), self.mine, group=group.process_group, async_op=async_op
         )
         return work
+
+
+def _numbers(count: int) -> int:
+    """Take `count` numbers that follow each other; return the first."""
+    return min(next(_IDS) for _ in range(count))
 
 
 def _refuse(_unit: Unit) -> None:

@@ -1,0 +1,73 @@
+"""What an optimizer around another one shows of it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from deepspeed.errors import UsageError
+from deepspeed.zero.parking import Parking
+
+
+class WrappedOptimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` whose groups, state and defaults are those of `optimizer`, the inner one."""
+
+    optimizer: torch.optim.Optimizer
+    parking: Parking
+    _hooks_before: OrderedDict[int, Callable]
+    _hooks_after: OrderedDict[int, Callable]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's groups, themselves."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's state, by leaf."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's defaults."""
+        return self.optimizer.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: parameters are laid out when the engine is made."""
+        raise UsageError(
+            "add_param_group: parameters are laid out by deepspeed.initialize and cannot be added later; "
+            "pass all of them in model_parameters, or initialize again"
+        )
+
+    def register_step_pre_hook(self, hook: Callable) -> torch.utils.hooks.RemovableHandle:
+        """Call ``hook(optimizer, args, kwargs)`` before each step."""
+        return _register(self._hooks_before, hook)
+
+    def register_step_post_hook(self, hook: Callable) -> torch.utils.hooks.RemovableHandle:
+        """Call ``hook(optimizer, args, kwargs)`` after each step."""
+        return _register(self._hooks_after, hook)
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        """Move states of an idle optimizer to the host; see `Parking.offload_states`."""
+        self.parking.offload_states(*args, **kwargs)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back what `offload_states` moved."""
+        self.parking.reload_states(non_blocking)
+
+
+def _register(hooks: OrderedDict[int, Callable], hook: Callable) -> torch.utils.hooks.RemovableHandle:
+    handle = torch.utils.hooks.RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle
