@@ -34,8 +34,16 @@ INERT = {
     f"{ZERO}.enable_sanity_checks": "the checks that cost nothing are always on",
     f"{ZERO}.grad_hooks": "gradients are always reduced from hooks",
     f"{ZERO}.log_trace_cache_warnings": "there is no trace that a changed order could invalidate",
+    f"{ZERO}.memory_efficient_linear": "gathered weights are never kept for backward",
+    f"{ZERO}.mics_hierarchical_params_gather": "the shards of a group are gathered in one step",
+    f"{ZERO}.override_module_apply": "what changes parameters in zero.Init always sees them whole",
+    f"{ZERO}.pipeline_loading_checkpoint": "engine.load_checkpoint is not built yet",
     f"{ZERO}.reduce_scatter": "gradients only ever go to the rank that owns them",
     f"{ZERO}.round_robin_gradients": "every rank owns an equal part of every unit",
+    f"{ZERO}.save_muon_momentum_buffer_in_memory": "nothing is swapped to a drive",
+    f"{ZERO}.stage3_allgather_sequential": "a unit is gathered straight into place, without a bucket to save",
+    f"{ZERO}.stage3_use_all_reduce_for_fetch_params": "shards are of equal size, so an all-gather always fits",
+    f"{ZERO}.sub_group_size": "the update runs unit by unit, so its temporary memory is that of one",
     f"{ZERO}.use_multi_rank_bucket_allreduce": "a unit is always one collective",
 }
 """A value other than the default is reported once."""

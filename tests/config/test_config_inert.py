@@ -31,12 +31,23 @@ READ = {
     "engine/build.py": """
         optimizer.params scheduler.type scheduler.params gradient_clipping prescale_gradients
         gradient_predivide_factor gradient_allreduce_op communication_data_type dataloader_drop_last
-        zero_optimization.reduce_bucket_size zero_optimization.allgather_bucket_size
         zero_optimization.overlap_comm zero_optimization.ignore_unused_parameters
         fp16.enabled fp16.auto_cast fp16.fp16_master_weights_and_grads
         bf16.enabled bf16.check_grad_overflow bf16.bf16_master_weights_and_grads
         torch_autocast.enabled torch_autocast.dtype torch_autocast.lower_precision_safe_modules
         data_types.grad_accum_dtype data_types.buffer_dtype
+    """,
+    "engine/accessors.py": "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "engine/sharding.py": """
+        zero_optimization.stage zero_optimization.mics_shard_size zero_optimization.zero_hpz_partition_size
+        zero_optimization.reduce_bucket_size zero_optimization.allgather_bucket_size
+        zero_optimization.stage3_param_persistence_threshold zero_optimization.stage3_model_persistence_threshold
+        zero_optimization.stage3_max_live_parameters zero_optimization.stage3_max_reuse_distance
+        zero_optimization.stage3_prefetch_bucket_size zero_optimization.stage3_module_granularity_threshold
+    """,
+    "zero/leaf_modules.py": """
+        zero_optimization.leaf_module.classes zero_optimization.leaf_module.names
+        zero_optimization.leaf_module.name_suffixes
     """,
     "engine/features/__init__.py": "steps_per_print wall_clock_breakdown memory_breakdown",
     "engine/initialize.py": "dump_state",
