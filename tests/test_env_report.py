@@ -84,7 +84,9 @@ def test_a_configuration_is_shown_with_sources(config, capsys):
 
 
 def test_what_is_not_built_is_shown_and_not_refused(config, capsys):
-    env_report.main(["--config", config(train_batch_size=8, zero_optimization={"stage": 3})])
+    env_report.main(
+        ["--config", config(train_batch_size=8, zero_optimization={"zero_quantized_weights": True})]
+    )
     assert "not built yet" in capsys.readouterr().out
 
 

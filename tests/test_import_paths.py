@@ -29,7 +29,6 @@ def test_a_documented_utility_is_there(name):
 
 WAITING = [
     *((f"deepspeed.runtime.{path}", name) for path, (_, names) in LATER.items() for name in names),
-    *(("deepspeed.utils", name) for name in utils.LATER),
     *(("deepspeed.utils.zero_to_fp32", name) for name in zero_to_fp32.LATER),
 ]
 
@@ -43,7 +42,6 @@ def test_a_name_of_a_later_feature_says_which(path, name):
 def test_a_name_is_there_now_or_later_but_not_both():
     for path, (_, names) in LATER.items():
         assert not {*names} & {*runtime.TABLE.get(path, {})}
-    assert not {*utils.LATER} & {*utils.WHERE}
 
 
 TRAINERS = [

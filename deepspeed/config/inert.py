@@ -43,16 +43,20 @@ INERT = {
     f"{ZERO}.save_muon_momentum_buffer_in_memory": "nothing is swapped to a drive",
     f"{ZERO}.stage3_allgather_sequential": "a unit is gathered straight into place, without a bucket to save",
     f"{ZERO}.stage3_use_all_reduce_for_fetch_params": "shards are of equal size, so an all-gather always fits",
-    f"{ZERO}.sub_group_size": "the update runs unit by unit, so its temporary memory is that of one",
     f"{ZERO}.use_multi_rank_bucket_allreduce": "a unit is always one collective",
 }
 """A value other than the default is reported once."""
 
 GRANTED = {
+    f"{ZERO}.sub_group_size": "the update always runs unit by unit",
     "zero_allow_untested_optimizer": "every optimizer is tried out when the engine is made",
     "zero_force_ds_cpu_optimizer": "any optimizer that can be sharded may be offloaded",
 }
 """What these ask for is always the case; there is nothing to report."""
+
+
+STAGE_3_ONLY = (f"{ZERO}.stage3_", f"{ZERO}.leaf_module.", f"{ZERO}.mics_", f"{ZERO}.zero_hpz_")
+"""What keys begin with that matter where parameters are sharded; templates carry them at every stage."""
 
 
 def report_inert(config: DeepSpeedConfig) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deepspeed.config.base import Section, shown
+from deepspeed.config.inert import STAGE_3_ONLY
 from deepspeed.config.root import DeepSpeedConfig
 from deepspeed.config.tree import join
 from deepspeed.config.unbuilt import TABLE, asked
@@ -47,7 +48,8 @@ class Row:
 def rows(config: DeepSpeedConfig) -> list[Row]:
     """Return the effective configuration; a section nobody touched and that is off is one row."""
     notes = {row.path: f"not built yet: {row.feature}" for row in asked(config)}
-    return [_annotated(row, notes) for row in _rows(config, config, "")]
+    stage = int(config.zero_optimization.stage)
+    return [_annotated(row, notes, stage) for row in _rows(config, config, "")]
 
 
 def _rows(config: DeepSpeedConfig, section: Section, path: str) -> Iterator[Row]:
@@ -78,12 +80,14 @@ def _touched(config: DeepSpeedConfig, name: str) -> bool:
     return config.source_of(name) != "default"
 
 
-def _annotated(row: Row, notes: dict[str, str]) -> Row:
+def _annotated(row: Row, notes: dict[str, str], stage: int) -> Row:
     note = row.note
     if row.path in notes:
         note = notes[row.path]
     elif row.value == '"auto"' and row.source == "auto":
         note = "waits for model and data"
+    elif row.source != "default" and stage < 3 and row.path.startswith(STAGE_3_ONLY):
+        note = "no effect below stage 3"
     elif row.source != "default":
         note = _idle(row.path, notes)
     return Row(row.path, row.value, row.source, note)

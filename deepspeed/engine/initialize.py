@@ -11,6 +11,7 @@ from torch import nn
 
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.activation_checkpointing import checkpointing
 from deepspeed.common.logging import log_dist
 from deepspeed.config import load_config, resolve_from_model
 from deepspeed.engine.arguments import check_arguments
@@ -95,6 +96,8 @@ def initialize(
         total_numel=sum(param.numel() for param in model.parameters()),
     )
     settings.announce_resolutions()
+    if settings.activation_checkpointing.model_fields_set:
+        checkpointing.configure_from(settings.activation_checkpointing, mpu)
     if settings.comms_logger.enabled:
         comm.configure(settings)
     engine = DeepSpeedEngine(

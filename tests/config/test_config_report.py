@@ -15,7 +15,12 @@ TREE = {
     "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": 4,
     "optimizer": {"type": "AdamW", "params": {"lr": "auto", "eps": 1e-6}},
-    "zero_optimization": {"stage": 3, "stage3_max_live_parameters": 5, "reduce_bucket_size": "auto"},
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_max_live_parameters": 5,
+        "reduce_bucket_size": "auto",
+        "zero_quantized_weights": True,
+    },
     "flops_profiler": {"profile_step": 2},
 }
 
@@ -38,13 +43,10 @@ def test_each_value_says_where_it_came_from():
 
 def test_what_has_no_effect_or_is_refused_is_noted():
     found = table(TREE)
-    assert found["zero_optimization.stage"].note == "not built yet: sharding of parameters (stage 3)"
+    assert found["zero_optimization.stage3_max_live_parameters"].note == ""
+    assert found["zero_optimization.zero_quantized_weights"].note == "not built yet: quantised gathers"
     found = table({**TREE, "zero_optimization": {"stage": 2, "stage3_max_live_parameters": 5}})
-    assert (
-        found["zero_optimization.stage3_max_live_parameters"].note
-        == "no effect without sharding of parameters (stage 3)"
-    )
-    assert found["zero_optimization.stage"].note == ""
+    assert found["zero_optimization.stage3_max_live_parameters"].note == "no effect below stage 3"
 
 
 def test_a_section_nobody_touched_is_one_row():

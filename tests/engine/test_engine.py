@@ -79,9 +79,9 @@ def test_wrong_arguments_are_named():
     other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(ConfigError, match="build the optimizer after the model"):
         deepspeed.initialize(model=nn.Linear(1, 1), optimizer=other, config={"train_batch_size": 1})
-    stage3 = linear_config(zero_optimization={"stage": 3})
-    with pytest.raises(NotBuiltError, match=r"zero_optimization\.stage"):
-        deepspeed.initialize(model=nn.Linear(1, 1), config=stage3)
+    offload = linear_config(zero_optimization={"stage": 3, "offload_param": {"device": "cpu"}})
+    with pytest.raises(NotBuiltError, match=r"zero_optimization\.offload_param\.device"):
+        deepspeed.initialize(model=nn.Linear(1, 1), config=offload)
 
 
 @on_ranks(1)

@@ -26,7 +26,7 @@ def config_for(stage: int, precision: str, gas: int, clip: float, **zero) -> dic
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": gas,
         "gradient_clipping": clip,
-        "zero_optimization": {"stage": stage, **zero},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
         "optimizer": {"type": "AdamW", "params": ADAMW},
     }
     if precision != "fp32":
@@ -112,14 +112,14 @@ def parity(stage, precision, gas, clip, model, zero):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("gas", "clip"), [(1, 0.0), (3, 0.1)])
 def test_stage_precision_accumulation(ranks, stage, precision, gas, clip):
     run_on_ranks(ranks, parity, stage, precision, gas, clip, {}, {})
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("gas", [1, 2])
 @pytest.mark.parametrize(
     "model",
@@ -137,7 +137,7 @@ def test_model_shapes(stage, gas, model):
     run_on_ranks(2, parity, stage, "fp32", gas, 0.5, model, {})
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     "zero",
     [
@@ -150,3 +150,27 @@ def test_model_shapes(stage, gas, model):
 )
 def test_bucket_and_overlap_change_time_only(stage, zero):
     run_on_ranks(2, parity, stage, "fp32", 2, 0.5, {}, zero)
+
+
+SHARDINGS = [
+    {"stage3_param_persistence_threshold": 40},
+    {"stage3_param_persistence_threshold": 40, "stage3_model_persistence_threshold": 20},
+    {"stage3_max_live_parameters": 10},
+    {"stage3_max_reuse_distance": 0},
+    {"stage3_module_granularity_threshold": 1000},
+    {"mics_shard_size": 2},
+    {"zero_hpz_partition_size": 2},
+]
+
+
+@pytest.mark.parametrize("zero", SHARDINGS, ids=str)
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"tied": True, "frozen": True, "checkpointing": "non_reentrant"},
+        {"checkpointing": "reentrant", "unused": True},
+    ],
+    ids=lambda model: "+".join(model),
+)
+def test_what_stage_3_keeps_and_releases_changes_memory_only(model, zero):
+    run_on_ranks(4, parity, 3, "bf16" if "frozen" in model else "fp32", 2, 0.5, model, zero)
