@@ -23,6 +23,7 @@ from deepspeed.engine.accessors import EngineAccessors
 from deepspeed.engine.feature import Feature
 from deepspeed.engine.inputs import InputRules, tensors_in
 from deepspeed.engine.memory import MemoryControl
+from deepspeed.engine.structure import Structure
 from deepspeed.engine.watch import OutputWatch
 from deepspeed.engine.weights import WeightSaving
 from deepspeed.errors import ConfigError, NotBuiltError, UsageError
@@ -77,6 +78,7 @@ class DeepSpeedEngine(WeightSaving, MemoryControl, EngineAccessors):
         self._no_sync = False
         self._scaled = False
         self._step_applied = False
+        self._compiled_blocks = False
         self._accumulating = False
         self._micro_batches = 0  # since the last update
         if self._reducer is not None:
@@ -84,6 +86,7 @@ class DeepSpeedEngine(WeightSaving, MemoryControl, EngineAccessors):
         if self._zero is not None:
             self._zero.owner = weakref.ref(self)
         self._frozen = [(name, p) for name, p in self.module.named_parameters() if not p.requires_grad]
+        self._structure = Structure(self.module)
         self._watch_hook = self.module.register_forward_hook(OutputWatch(self))
 
     # -- forward ----------------------------------------------------------------------------------
@@ -92,13 +95,15 @@ class DeepSpeedEngine(WeightSaving, MemoryControl, EngineAccessors):
         """Run the module on inputs moved to the engine's device and cast to the dtype it computes in."""
         if self.batch.micro is None:
             self._complete_batch((inputs, kwargs))
+        if self._zero is not None and not self._zero.parking.is_empty:
+            raise UsageError("engine.forward: states are away; call engine.reload_states() first")
         for feature in self._features:
             feature.forward_start(self)
         inputs = tuple(self._inputs.apply(value) for value in inputs)
         kwargs = {key: self._inputs.apply(value) for key, value in kwargs.items()}
         with self._autocast():
             output = self.module(*inputs, **kwargs)
-        if self.is_compiled:
+        if self.module._compiled_call_impl is not None:  # its hooks are not called
             self.watch_outputs(output)
         for feature in self._features:
             feature.forward_end(self)
@@ -245,6 +250,7 @@ class DeepSpeedEngine(WeightSaving, MemoryControl, EngineAccessors):
         for feature in self._features:
             feature.step_start(self)
         self._warn_of_unfrozen()
+        self._structure.check()
         reducer.recover()
         self._accumulating = False
         self._step_applied = optimizer.step()
@@ -313,16 +319,24 @@ class DeepSpeedEngine(WeightSaving, MemoryControl, EngineAccessors):
     def compile(
         self, *args: Any, backend: Any = None, compile_kwargs: dict | None = None, **more: Any
     ) -> None:
-        """Compile the module's forward in place with ``torch.compile``."""
+        """Compile the module's forward in place with ``torch.compile``.
+
+        At stage 3 each block is compiled by itself, so that gathering stays outside of compiled code.
+        """
         options = {**(compile_kwargs or {}), **more}
         if backend is not None:
             options["backend"] = backend
-        self.module.compile(*args, **options)
+        if self._gatherer is None or not self._gatherer.units:
+            self.module.compile(*args, **options)
+            return
+        for block in self._gatherer.blocks():
+            block.forward = torch.compile(block.forward, *args, **options)
+        self._compiled_blocks = True
 
     @property
     def is_compiled(self) -> bool:
         """Whether `compile` was called."""
-        return self.module._compiled_call_impl is not None
+        return self._compiled_blocks or self.module._compiled_call_impl is not None
 
     def save_checkpoint(self, *_args: Any, **_kwargs: Any) -> None:
         """Refuse: training state cannot be saved in this release."""

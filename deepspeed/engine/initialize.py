@@ -162,8 +162,13 @@ def _use_own_device() -> None:
 def _destroy_earlier(model: nn.Module) -> None:
     """Take an earlier engine off a module that is initialized again: two would both move its gradients."""
     watches = [hook.engine() for hook in model._forward_hooks.values() if isinstance(hook, OutputWatch)]
+    params = {id(param) for param in model.parameters()}
     slots = [trained_slot(param) for param in model.parameters()]  # hooks may have been cleared
-    optimizers = {id(slot.optimizer): slot.optimizer for slot in slots if slot is not None}.values()
+    optimizers = [
+        optimizer
+        for optimizer in {id(slot.optimizer): slot.optimizer for slot in slots if slot is not None}.values()
+        if all(id(param) in params for unit in optimizer.units for param in unit.params)
+    ]
     engines = [*watches, *(optimizer.owner() for optimizer in optimizers)]
     for engine in {id(one): one for one in engines if one is not None}.values():
         engine.destroy()

@@ -13,10 +13,11 @@ from deepspeed.engine.optimizers import leaf_kind
 from deepspeed.errors import ConfigError
 from deepspeed.precision.policy import PrecisionPolicy
 from deepspeed.zero.gatherer import Gatherer, GatherLimits
+from deepspeed.zero.grouping import NamedParameter
 from deepspeed.zero.leaf_modules import modules_together
 from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.partition import UnitPlan, make_units
-from deepspeed.zero.slot import slot_of
+from deepspeed.zero.slot import slot_of, trained_slot
 from deepspeed.zero.stage import RankGroup, Sharding, sharding_for_stage
 from deepspeed.zero.unit import Unit
 
@@ -64,6 +65,7 @@ def shard_module(
     trained = [pair for pair in named if id(pair[1]) in group_index]
     if inner is not None:
         _check_all_named(inner, trained)
+    _check_present(named)
     _check_real(named if sharding.marks_parameters else trained)
     whole_parameters = inner is not None and leaf_kind(inner, sharding) == "whole"
     meter = GatherMeter()
@@ -134,6 +136,21 @@ def _check_all_named(inner: torch.optim.Optimizer, named: list[tuple[str, nn.Par
                     f"optimizer: expected parameters of the model, got a tensor of shape {tuple(param.shape)} "
                     f"in param group {index} that the model does not have; build the optimizer after the model"
                 )
+
+
+def _check_present(named: list[NamedParameter]) -> None:
+    for name, param in named:
+        if param.is_meta:
+            raise ConfigError(
+                f"{name}: expected a parameter with values, got one on the meta device; construct the model under "
+                "deepspeed.zero.Init, or give it values (to_empty and load_state_dict) before initialize"
+            )
+        slot = trained_slot(param)
+        if slot is not None:
+            raise ConfigError(
+                f"{name}: expected a parameter that no engine trains, got one of another engine; a parameter "
+                "belongs to one engine: destroy() that one first, or copy the module"
+            )
 
 
 def _check_real(named: list[tuple[str, nn.Parameter]]) -> None:

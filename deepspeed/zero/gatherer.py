@@ -117,9 +117,20 @@ class Gatherer:
         """Put hooks on the modules that need units."""
         anchors = anchors_of(module, self.units)
         me = weakref.ref(self)
+        self._anchors = anchors
         for part, units in anchors.items():
             self.forward_hooks.append(part.register_forward_pre_hook(_Enter(me, units), prepend=True))
             self.forward_hooks.append(part.register_forward_hook(_Leave(me), always_call=True))
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the outermost modules that units are gathered for, the root left out."""
+        found: list[nn.Module] = []
+        inside: set[int] = set()
+        for part in self.module.modules():  # parents come before their children
+            if part is not self.module and self._anchors.get(part) and id(part) not in inside:
+                found.append(part)
+                inside.update(id(one) for one in part.modules())
+        return found
 
     _register_deepspeed_module = attach  # what TRL calls after generate()
 

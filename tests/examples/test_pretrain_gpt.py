@@ -135,7 +135,9 @@ def test_what_cannot_be_used_is_one_sentence_and_code_2(tmp_path, arguments, pro
 
 
 def test_a_wrong_configuration_is_one_sentence_and_code_2(tmp_path):
-    (tmp_path / "c.json").write_text('{"train_batch_size": 8, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 4}}')
+    (tmp_path / "c.json").write_text(
+        '{"train_batch_size": 8, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 4}}'
+    )
     arguments = ("--data", write_text(tmp_path), *TINY, "--deepspeed_config", "c.json")
     (line,) = run_script(*arguments, folder=tmp_path, expect=2).splitlines()
     assert line.startswith(say("zero_optimization.stage: expected 0, 1, 2 or 3, got 4"))
