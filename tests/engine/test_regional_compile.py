@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch._dynamo
@@ -13,6 +15,7 @@ from torch._dynamo.utils import counters
 def compiled_parity(model, backend):
     torch._dynamo.reset()
     counters.clear()
+    warnings.filterwarnings("ignore", "The .grad attribute")  # torch hides its own, but not where they are errors
     graphs = []
 
     def drive(engine, batches):
