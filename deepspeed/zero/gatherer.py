@@ -5,12 +5,12 @@ A unit is gathered when something needs it, whatever that is, and a guess about 
 earlier. Three things can need it:
 
     forward     a module that owns parameters of the unit, or the block they belong to, is entered
-    demand      an operation meets a released parameter inside somebody else's forward (released.py)
+    demand      an operation meets a released parameter inside somebody else's forward or backward (released.py)
     backward    autograd unpacks a view of the unit that it saved (note [Saved views])
 
 It is released when the last module that needs it is left, or in backward when the gradients of all its
-parameters have arrived (a unit without gradients: when backward has gone two units further), unless it is soon
-used again. So graphs may change from step to step, call modules in any order, more than once or not at all.
+parameters have arrived (frozen or unused ones give none: then when backward has gone two units further), unless it
+is soon used again. So graphs may change from step to step, call modules in any order, more than once or not at all.
 
 Note [Saved views]
 What autograd saves of a whole parameter is a view into the flat. A hook on saved tensors replaces it by the
@@ -45,7 +45,7 @@ from deepspeed.zero.slot import slot_of
 from deepspeed.zero.unit import Unit
 
 STALE = 2
-"""Units that backward goes on to before one without gradients is released."""
+"""Units that backward went through last and that stay gathered, although gradients are missing."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Gatherer:
         self._training = False
         self._frames: list[Frame] = []
         self._unpacked: dict[Unit, tuple[Any, int]] = {}  # unit -> the node that unpacked it last, its task
-        self._in_backward: list[Unit] = []  # in the order of their first use in the running backward
+        self._in_backward: list[Unit] = []  # in the order of their last use in the running backward
         self._ending: set[int] = set()  # graph tasks whose end is being waited for
         self.forward_hooks: list[RemovableHandle] = []
         self.backward_hooks: list[RemovableHandle] = []
@@ -188,10 +188,14 @@ class Gatherer:
             unit.release()
 
     def _demand(self, unit: Unit) -> AbstractContextManager[object] | None:
-        """Gather a unit for an operation inside a forward; it stays until that forward ends."""
-        if not self._frames:
+        """Gather a unit for an operation inside a forward or a backward; it stays until that ends."""
+        if self._frames:
+            self._use(unit, self._frames[-1])
+        elif _running_task():
+            self._bring(unit)
+            self._note_backward(unit)
+        else:
             return None
-        self._use(unit, self._frames[-1])
         return nullcontext()
 
     # -- backward ---------------------------------------------------------------------------------
@@ -236,11 +240,13 @@ class Gatherer:
         if task not in self._ending:
             self._ending.add(task)
             Variable._execution_engine.queue_callback(lambda: self._backward_ended(task))
-        if unit not in self._in_backward:
-            self._in_backward.append(unit)
-            for stale in self._in_backward[:-STALE]:
-                if not any(param.requires_grad for param in stale.params):
-                    self._release_in_backward(stale)
+        if self._in_backward[-1:] == [unit]:
+            return
+        if unit in self._in_backward:
+            self._in_backward.remove(unit)
+        self._in_backward.append(unit)
+        for stale in self._in_backward[:-STALE]:
+            self._release_in_backward(stale)
 
     def gradients_arrived(self, unit: Unit) -> None:
         """Release a unit whose parameters all have their gradients: nothing in this backward needs it."""
