@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepspeed.common.logging import logger
+from deepspeed.errors import ConfigError, did_you_mean
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -60,6 +61,21 @@ class Tally:
         return size * self.count / self.seconds if self.seconds else 0.0
 
 
+OPERATIONS: set[str] = set()
+"""Names of the operations that can be counted; `logged` adds them."""
+
+
+def _operation(name: str) -> str:
+    """Return the present name of an operation, or of what several begin with."""
+    found = OLD_NAMES.get(name, name)
+    if not any(known.startswith(found) for known in OPERATIONS):
+        raise ConfigError(
+            f"comms_logger.prof_ops: expected names of operations ({', '.join(sorted(OPERATIONS))}), got "
+            f"{name!r}{did_you_mean(name, OPERATIONS)}"
+        )
+    return found
+
+
 class CommsLogger:
     """Counts and times collectives per operation and message size.
 
@@ -90,7 +106,7 @@ class CommsLogger:
         if prof_all is not None:
             self.prof_all = prof_all
         if prof_ops is not None:
-            self.prof_ops = tuple(OLD_NAMES.get(name, name) for name in prof_ops)
+            self.prof_ops = tuple(_operation(name) for name in prof_ops)
         if verbose is not None:
             self.verbose = verbose
         if debug is not None:
@@ -134,6 +150,7 @@ comms_logger = CommsLogger()
 
 def logged(op: str, size: Callable[..., int]) -> Callable[[Function], Function]:
     """Count and time the decorated collective under the name `op`; `size` maps its arguments to bytes."""
+    OPERATIONS.add(op)
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)

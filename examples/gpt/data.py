@@ -89,11 +89,17 @@ def python_text() -> list[Document]:
 def read_paths(paths: Sequence[str]) -> list[Document]:
     """Read every file given and every file in the folders given, hidden ones left out."""
     documents: list[Document] = []
+    if not all(paths):
+        raise UserError("--data: expected a file or a folder of text files, got an empty name")
     for path in map(Path, paths):
         if path.is_dir():
             documents += _read_folder(path)
         elif path.is_file():
             documents.append((str(path), _read_file(path)))
+        elif path.exists():
+            raise UserError(
+                f"--data: {path} is neither a file nor a folder; give a file or a folder of text files"
+            )
         else:
             raise UserError(f"--data: {path} does not exist; give a file or a folder of text files")
     return list(dict(documents).items())  # a file named twice counts once

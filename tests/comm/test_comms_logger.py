@@ -11,6 +11,7 @@ from harness import on_ranks
 from deepspeed import comm
 from deepspeed.comm.log import CommsLogger, bus_factor, comms_logger
 from deepspeed.common.logging import logger
+from deepspeed.errors import ConfigError
 
 
 def begin(**settings):
@@ -120,3 +121,10 @@ def test_configure_reads_a_config_section(as_dict):
         assert not comms_logger.watches("recv")
     finally:
         begin(enabled=False)
+
+
+def test_an_operation_that_does_not_exist_is_named_with_the_nearest():
+    with pytest.raises(
+        ConfigError, match=r"prof_ops: expected names .*, got 'all_redcue' \(did you mean 'all_reduce'"
+    ):
+        begin(prof_all=False, prof_ops=["all_redcue"])

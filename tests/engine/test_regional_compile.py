@@ -15,7 +15,9 @@ from torch._dynamo.utils import counters
 def compiled_parity(model, backend):
     torch._dynamo.reset()
     counters.clear()
-    warnings.filterwarnings("ignore", "The .grad attribute")  # torch hides its own, but not where they are errors
+    warnings.filterwarnings(
+        "ignore", "The .grad attribute"
+    )  # torch hides its own, but not where they are errors
     graphs = []
 
     def drive(engine, batches):

@@ -112,6 +112,8 @@ def make_folder_without_text(folder: Path) -> Path:
     ("make", "sentence"),
     [
         (lambda folder: folder / "missing", "does not exist; give a file or a folder"),
+        (lambda folder: "", "expected a file or a folder of text files, got an empty name"),
+        (lambda folder: "/dev/null", "is neither a file nor a folder"),
         (make_empty, "is empty; give a file with text in it"),
         (make_folder_without_text, "holds no file with text in it"),
         (make_short, "text has 90 bytes, one sequence needs 257; give more text or a smaller --seq"),
