@@ -3,9 +3,10 @@
     python benchmarks/compare.py            # every row, 5 rounds; makes the original's environment once
     python benchmarks/compare.py --quick    # 2 rounds of 6 steps
     python benchmarks/compare.py --rows ours:2,original:2 --pairs 9
+    python benchmarks/compare.py --rows ours:3,original:3,fsdp2 --accumulation 4 --name stage3_accumulation
 
 A round runs each row once, a row beside the one it is compared with; each run is a fresh set of processes.
-Results: compare.json, compare.md and compare.png under benchmarks/results.
+Results: compare.json, compare.md and compare.png (or another --name) under benchmarks/results.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="threads of a rank")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--checkpointing", action="store_true", help="run the blocks again in backward")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and steps")
     parser.add_argument(
         "--original-python", type=Path, help="a Python that has the original, instead of making one"
@@ -95,14 +98,9 @@ def take_turn(comparison: Comparison, row: str, number: int) -> None:
     options = comparison.options
     kind, _ = split_row(row)
     arguments = ["--row", row, "--shape", json.dumps(asdict(comparison.shape))]
-    arguments += [
-        "--steps",
-        str(options.steps),
-        "--warmup",
-        str(options.warmup),
-        "--threads",
-        str(options.threads),
-    ]
+    for name in ("steps", "warmup", "threads", "accumulation"):
+        arguments += [f"--{name}", str(getattr(options, name))]
+    arguments += ["--checkpointing"] if options.checkpointing else []
     try:
         ranks = run_ranks(
             interpreter_of(kind, options.original_python),
@@ -133,8 +131,9 @@ def take_turn(comparison: Comparison, row: str, number: int) -> None:
 def write_results(comparison: Comparison) -> Path:
     """Write JSON, Markdown and PNG; return the path of the page."""
     options, shape = comparison.options, comparison.shape
-    summaries = summarise(comparison.turns, options.ranks * shape.batch * shape.seq, label)
-    text = Page(shape, options.ranks, options.threads, options.pairs, options.warmup, options.steps)
+    tokens = options.ranks * options.accumulation * shape.batch * shape.seq
+    summaries = summarise(comparison.turns, tokens, label)
+    text = Page(shape, options)
     document = {
         **comparison.head,
         "versions": comparison.versions,
@@ -151,7 +150,7 @@ def write_results(comparison: Comparison) -> Path:
         "\n".join(verdicts(summaries)),
         *(f"**{label(row)} failed:** {why.splitlines()[-1]}" for row, why in comparison.failures.items()),
         text.method(),
-        text.rows(options.rows),
+        text.rows(),
         f"![Step time and memory]({options.name}.png)",
     ]
     page = write(options.name, document, paragraphs, options.out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 from dataclasses import dataclass
 
 from model import Shape, count_parameters
@@ -15,7 +15,11 @@ _ROWS = {
     ),
     "fsdp2": (
         "*FSDP2*: fully_shard of each block and the root, bf16 parameters and reduction, "
-        "fp32 shards, fused AdamW."
+        "fp32 shards, fused AdamW; like ZeRO-3 it reduces in every micro-batch."
+    ),
+    "fsdp2_whole": (
+        "*FSDP2, one reduction*: gradients stay whole between the micro-batches of a step and are "
+        "reduced in the last one."
     ),
     "compute": "*Compute only*: every rank's forward and backward without communication and update.",
 }
@@ -26,34 +30,34 @@ class Page:
     """The settings of a comparison, put in words."""
 
     shape: Shape
-    ranks: int
-    threads: int
-    pairs: int
-    warmup: int
-    steps: int
+    options: argparse.Namespace
 
     def subject(self) -> str:
         """Say what was trained, in two lines."""
-        shape = self.shape
+        shape, options = self.shape, self.options
         millions = count_parameters(shape) / 1e6
+        extras = f", micro-batches of a step: {options.accumulation}" if options.accumulation > 1 else ""
+        extras += ", every block checkpointed" if options.checkpointing else ""
         return (
             f"GPT of {millions:.1f}M parameters: {shape.layers} layers, width {shape.dim}, "
             f"sequence {shape.seq}, vocabulary {shape.vocab}, micro-batch {shape.batch}.\n"
-            f"bf16, AdamW, clipping 1.0; ranks: {self.ranks}, gloo, threads of a rank: {self.threads}."
+            f"bf16, AdamW, clipping 1.0; ranks: {options.ranks}, gloo, threads of a rank: {options.threads}{extras}."
         )
 
     def method(self) -> str:
         """Say how the figures came about."""
         return (
-            f"Rounds: {self.pairs}. In each, every row runs in fresh processes for {self.warmup} warm-up and "
-            f"{self.steps} timed steps. A step lasts as long as on its slowest rank; a run is the "
-            "median of its steps, a row the median of its runs. *x original* (same stage) and *x DDP* say "
-            "how many times as fast: medians of the ratios within a round. *cpu ms* is the processor time of a rank's "
+            f"Rounds: {self.options.pairs}. In each, every row runs in fresh processes for "
+            f"{self.options.warmup} warm-up and {self.options.steps} timed steps. A step lasts as long as on "
+            "its slowest rank; a run is the median of its steps, a row the median of its runs. "
+            "*x original* (same stage), *x DDP* and *x FSDP2* say how many times as fast: medians of the "
+            "ratios within a round. *cpu ms* is the processor time of a rank's "
             "step, all threads, which a busy machine disturbs less. Memory is the largest rank's peak "
-            "over the life of the process, start and compilation included."
+            "over the life of the process, start and compilation included. *gathers*: how often a step "
+            "brings a unit of parameters in, on a rank."
         )
 
-    def rows(self, rows: Sequence[str]) -> str:
+    def rows(self) -> str:
         """Say what the rows do that are no engine."""
-        kinds = {split_row(row)[0] for row in rows}
+        kinds = {split_row(row)[0] for row in self.options.rows}
         return " ".join(text for kind, text in _ROWS.items() if kind in kinds)

@@ -18,7 +18,10 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Turn:
-    """One run of one row: times in seconds (median over its steps), memory in bytes (largest rank)."""
+    """One run of one row: times in seconds (median over its steps), memory in bytes (largest rank).
+
+    `gathers` are those of a step, on the rank with most; None where nobody counts.
+    """
 
     row: str
     round: int
@@ -30,11 +33,12 @@ class Turn:
     first_step: float
     first_loss: float
     last_loss: float
+    gathers: float | None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A row over its turns; `against_original` and `against_ddp` say how many times as fast, pair by pair."""
+    """A row over its turns; `against_...` say how many times as fast, pair by pair."""
 
     row: str
     label: str
@@ -51,6 +55,8 @@ class Summary:
     last_loss: float
     against_original: float | None
     against_ddp: float | None
+    against_fsdp2: float | None
+    gathers: float | None
 
 
 def make_turn(row: str, number: int, ranks: Sequence[dict[str, Any]]) -> Turn:
@@ -60,6 +66,7 @@ def make_turn(row: str, number: int, ranks: Sequence[dict[str, Any]]) -> Turn:
         for name in (*PHASES, "total", "cpu")
     }
     losses = ranks[0]["losses"]
+    gathers = [r["gathers"] for r in ranks if r["gathers"] is not None]
     return Turn(
         row=row,
         round=number,
@@ -71,6 +78,7 @@ def make_turn(row: str, number: int, ranks: Sequence[dict[str, Any]]) -> Turn:
         first_step=max(r["first_step"] for r in ranks),
         first_loss=losses[0],
         last_loss=losses[-1],
+        gathers=max(gathers, default=None),
     )
 
 
@@ -82,6 +90,7 @@ def summarise(turns: Sequence[Turn], tokens: int, label: Callable[[str], str]) -
 def _summarise_row(row: str, turns: Sequence[Turn], tokens: int, name: str) -> Summary:
     mine = [turn for turn in turns if turn.row == row]
     total = median(t.total for t in mine)
+    gathers = [t.gathers for t in mine if t.gathers is not None]
     return Summary(
         row=row,
         label=name,
@@ -98,6 +107,8 @@ def _summarise_row(row: str, turns: Sequence[Turn], tokens: int, name: str) -> S
         last_loss=median(t.last_loss for t in mine),
         against_original=_ratio(turns, row, row.replace("ours", "original")) if "ours" in row else None,
         against_ddp=_ratio(turns, row, "ddp"),
+        against_fsdp2=_ratio(turns, row, "fsdp2"),
+        gathers=median(gathers) if gathers else None,
     )
 
 
@@ -113,12 +124,14 @@ def _ratio(turns: Sequence[Turn], row: str, reference: str) -> float | None:
 
 
 def render_table(summaries: Sequence[Summary]) -> str:
-    """Lay out the summaries as Markdown."""
+    """Lay out the summaries as Markdown, without the columns in which no row has a figure."""
     titles = (
         "row", "step ms", "min-max", "fwd", "bwd", "upd", "cpu ms", "tokens/s", "peak MiB",
-        "x original", "x DDP", "last loss", "1st step s",
+        "x original", "x DDP", "x FSDP2", "gathers", "last loss", "1st step s",
     )  # fmt: skip
-    return markdown_table(titles, [_cells(s) for s in summaries])
+    columns = zip(titles, *(_cells(s) for s in summaries), strict=True)
+    title_row, *rows = zip(*(column for column in columns if set(column[1:]) != {"-"}), strict=True)
+    return markdown_table(title_row, rows)
 
 
 def _cells(s: Summary) -> list[str]:
@@ -133,6 +146,8 @@ def _cells(s: Summary) -> list[str]:
         f"{s.peak / MIB:.0f}",
         _times(s.against_original),
         _times(s.against_ddp),
+        _times(s.against_fsdp2),
+        "-" if s.gathers is None else f"{s.gathers:g}",
         f"{s.last_loss:.4f}",
         f"{s.first_step:.1f}",
     ]
@@ -143,30 +158,39 @@ def _times(ratio: float | None) -> str:
 
 
 def verdicts(summaries: Sequence[Summary]) -> list[str]:
-    """Hold the figures against the goals: speed and memory beside the original, and equal losses."""
+    """Hold the figures against the goals: speed and memory beside the original, and equal losses.
+
+    At stage 3, which does what FSDP2 does, speed and memory beside FSDP2 as well.
+    """
     rows = {s.row: s for s in summaries}
     lines = []
-    for row, mine in rows.items():
-        other = rows.get(row.replace("ours", "original"))
-        if not row.startswith("ours") or other is None or mine.against_original is None:
-            continue
-        lines.append(
-            f"- {mine.label}: {mine.against_original:.2f} times as fast as the original "
-            f"({_met(mine.against_original >= SPEED_GOAL, f'goal {SPEED_GOAL}')}); "
-            f"{mine.peak / MIB:.0f} MiB beside {other.peak / MIB:.0f} MiB "
-            f"({_met(mine.peak <= other.peak, 'goal: not above')})."
-        )
+    for mine in (s for s in summaries if s.row.startswith("ours")):
+        original, fsdp2 = rows.get(mine.row.replace("ours", "original")), rows.get("fsdp2")
+        if original is not None and mine.against_original is not None:
+            lines.append(_verdict(mine, "the original", original, mine.against_original))
+        if mine.row == "ours:3" and fsdp2 is not None and mine.against_fsdp2 is not None:
+            lines.append(_verdict(mine, "FSDP2", fsdp2, mine.against_fsdp2))
     return [*lines, *_loss_verdict(summaries)]
+
+
+def _verdict(mine: Summary, name: str, other: Summary, ratio: float) -> str:
+    return (
+        f"- {mine.label}: {ratio:.2f} times as fast as {name} "
+        f"({_met(ratio >= SPEED_GOAL, f'goal {SPEED_GOAL}')}); "
+        f"{mine.peak / MIB:.0f} MiB beside {other.peak / MIB:.0f} MiB "
+        f"({_met(mine.peak <= other.peak, 'goal: not above')})."
+    )
 
 
 def _loss_verdict(summaries: Sequence[Summary]) -> list[str]:
     ours = [s for s in summaries if s.row.startswith("ours")]
-    plain = next((s for s in summaries if s.row == "ddp"), None)
-    if not ours or plain is None:
+    plain = [s for row in ("ddp", "fsdp2") for s in summaries if s.row == row]
+    if not ours or not plain:
         return []
-    share = max(abs(s.last_loss - plain.last_loss) for s in ours) / abs(plain.fall)
+    share = max(abs(s.last_loss - plain[0].last_loss) for s in ours) / abs(plain[0].fall)
     verdict = _met(share <= LOSS_TOLERANCE, f"goal: at most {LOSS_TOLERANCE:.0%}")
-    return [f"- Last loss: this project is within {share:.1%} of DDP's fall in loss ({verdict})."]
+    name = {"ddp": "DDP", "fsdp2": "FSDP2"}[plain[0].row]
+    return [f"- Last loss: this project is within {share:.1%} of {name}'s fall in loss ({verdict})."]
 
 
 def _met(good: bool, goal: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder with learned positions and an untied head; forward returns the mean cross entropy."""
+    """Decoder with learned positions and an untied head; forward returns the mean cross entropy.
 
-    def __init__(self, shape: Shape) -> None:
+    With `checkpointing`, a block keeps its input alone and runs again in backward.
+    """
+
+    def __init__(self, shape: Shape, checkpointing: bool = False) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         self.tokens = nn.Embedding(shape.vocab, shape.dim)
         self.positions = nn.Embedding(shape.seq, shape.dim)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
@@ -62,7 +67,7 @@ class GPT(nn.Module):
         """Loss of predicting `targets` from `ids`, both (batch, seq) int64."""
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
         logits = self.head(self.norm(x))
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
@@ -74,13 +79,13 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def build_model(shape: Shape) -> GPT:
+def build_model(shape: Shape, checkpointing: bool = False) -> GPT:
     """Build the model from a fixed seed, its weights fp32 but exactly representable in bf16.
 
     So a framework that keeps its fp32 master as given and one that rounds it first start alike.
     """
     torch.manual_seed(0)
-    return GPT(shape).bfloat16().float()
+    return GPT(shape, checkpointing).bfloat16().float()
 
 
 def batches(shape: Shape, rank: int, count: int) -> list[tuple[Tensor, Tensor]]:

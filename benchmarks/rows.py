@@ -1,15 +1,17 @@
 """What each row of a comparison does with the model: one `Trainer` per framework.
 
-ours:STAGE       this project, ZeRO stage 0, 1 or 2
+ours:STAGE       this project, ZeRO stage 0, 1, 2 or 3
 original:STAGE   the original DeepSpeed with the same configuration
 ddp              torch DDP over a bf16 model, fp32 master weights kept by hand, fused AdamW
 fsdp2            torch fully_shard per block, bf16 parameters and reduction, fused AdamW on the fp32 shards
+fsdp2_whole      the same, but gradients stay whole between micro-batches and are reduced at the last one
 compute          forward and backward alone: no communication and no update, the limit for everybody
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +22,20 @@ from torch import Tensor, nn
 LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What a trainer is built from: ZeRO stage, sequences of a micro-batch, micro-batches of a step."""
+
+    stage: int
+    batch: int
+    accumulation: int
+
+
 class Trainer(Protocol):
-    """The three phases of a training step that are timed."""
+    """The three phases that are timed; each runs once a micro-batch."""
+
+    def announce(self, last: bool) -> None:
+        """Say, before a micro-batch, whether it is the last of its step."""
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of a micro-batch."""
@@ -30,18 +44,25 @@ class Trainer(Protocol):
         """Make gradients, averaged over ranks where the framework does so here."""
 
     def step(self) -> None:
-        """Clip, update, clear the gradients."""
+        """After the last micro-batch: clip, update, clear the gradients."""
+
+    def gathers(self) -> int | None:
+        """Count how often parameters were gathered so far; None where nobody counts."""
 
 
 class EngineTrainer:
     """A DeepSpeed engine, this project's or the original's: whichever this interpreter imports."""
 
-    def __init__(self, model: GPT, stage: int, batch: int) -> None:
+    def __init__(self, model: GPT, recipe: Recipe) -> None:
         import deepspeed
 
+        self.stage = recipe.stage
         self.engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=list(model.parameters()), config=engine_config(stage, batch)
+            model=model, model_parameters=list(model.parameters()), config=engine_config(recipe)
         )
+
+    def announce(self, last: bool) -> None:
+        """Leave the count to the engine."""
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Run the engine on a micro-batch."""
@@ -53,35 +74,75 @@ class EngineTrainer:
         self.engine.backward(loss)
 
     def step(self) -> None:
-        """Let the engine update."""
+        """Let the engine update, at the end of a step."""
         self.engine.step()
 
+    def gathers(self) -> int | None:
+        """Ask this project's engine at stage 3; the original's does not count."""
+        if self.stage < 3 or not hasattr(self.engine, "memory_report"):
+            return None
+        count: int = self.engine.memory_report().gathers
+        return count
 
-class DDPTrainer:
+
+class TorchTrainer:
+    """What the rows without an engine share: the loss scaled by hand, the update in the last micro-batch."""
+
+    module: nn.Module
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.accumulation = recipe.accumulation
+        self.last = True
+
+    def announce(self, last: bool) -> None:
+        """Remember whether the update follows."""
+        self.last = last
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Run the model, wrapped or not."""
+        loss: Tensor = self.module(ids, targets)
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Differentiate this micro-batch's share; what wraps the model reduces while it goes."""
+        (loss / self.accumulation).backward()
+
+    def step(self) -> None:
+        """Update after the last micro-batch."""
+        if self.last:
+            self.update()
+
+    def update(self) -> None:
+        """Clip, update, clear the gradients."""
+        raise NotImplementedError
+
+    def gathers(self) -> int | None:
+        """Nobody counts."""
+        return None
+
+
+class DDPTrainer(TorchTrainer):
     """bf16 model under DDP; the classic hand-written mixed-precision step.
 
-    DDP averages bf16 gradients; step casts them to fp32, clips, runs fused AdamW on the fp32 master weights
-    and copies these back into the bf16 model.
+    DDP averages bf16 gradients in the last micro-batch; the update casts them to fp32, clips, runs fused
+    AdamW on the fp32 master weights and copies these back into the bf16 model.
     """
 
-    def __init__(self, model: GPT, stage: int, batch: int) -> None:
+    def __init__(self, model: GPT, recipe: Recipe) -> None:
+        super().__init__(recipe)
         model.bfloat16()
-        self.ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self.module = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.parameters = list(model.parameters())
         self.masters = [nn.Parameter(p.detach().float()) for p in self.parameters]
         self.optimizer = make_adamw(self.masters)
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Run the wrapped model."""
-        loss: Tensor = self.ddp(ids, targets)
-        return loss
-
-    def backward(self, loss: Tensor) -> None:
-        """Differentiate; DDP reduces while it goes."""
-        loss.backward()
+    def announce(self, last: bool) -> None:
+        """Reduce in the last micro-batch only; what ``no_sync`` does, without its block."""
+        super().announce(last)
+        self.module.require_backward_grad_sync = last
 
     @torch.no_grad()
-    def step(self) -> None:
+    def update(self) -> None:
         """Update the masters in fp32 and publish them as bf16."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
@@ -89,14 +150,18 @@ class DDPTrainer:
         self.optimizer.step()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.copy_(master)
-        self.ddp.zero_grad()
+        self.module.zero_grad()
         self.optimizer.zero_grad()
 
 
-class FSDP2Trainer:
-    """fully_shard of every block and the root: sharded parameters, gradients and optimizer states."""
+class FSDP2Trainer(TorchTrainer):
+    """fully_shard of every block and the root: sharded parameters, gradients and optimizer states.
 
-    def __init__(self, model: GPT, stage: int, batch: int) -> None:
+    As in ZeRO-3, every micro-batch reduces its gradients, so that they stay sharded between them.
+    """
+
+    def __init__(self, model: GPT, recipe: Recipe) -> None:
+        super().__init__(recipe)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -104,51 +169,43 @@ class FSDP2Trainer:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-        self.model = model
-        self.optimizer = make_adamw(list(self.model.parameters()))
+        self.module = fully_shard(model, mesh=mesh, mp_policy=policy)
+        self.optimizer = make_adamw(list(model.parameters()))
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Run the sharded model."""
-        loss: Tensor = self.model(ids, targets)
-        return loss
-
-    def backward(self, loss: Tensor) -> None:
-        """Differentiate; FSDP reduces while it goes."""
-        loss.backward()
-
-    def step(self) -> None:
+    def update(self) -> None:
         """Clip and update the shards."""
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
-class ComputeTrainer:
+class FSDP2WholeTrainer(FSDP2Trainer):
+    """FSDP2 that reduces in the last micro-batch only: faster, for whole gradients in memory until then."""
+
+    def announce(self, last: bool) -> None:
+        """Put off the reduction."""
+        super().announce(last)
+        self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+
+class ComputeTrainer(TorchTrainer):
     """bf16 forward and backward, gradients thrown away."""
 
-    def __init__(self, model: GPT, stage: int, batch: int) -> None:
-        self.model = model.bfloat16()
+    def __init__(self, model: GPT, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.module = model.bfloat16()
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Run the model."""
-        loss: Tensor = self.model(ids, targets)
-        return loss
-
-    def backward(self, loss: Tensor) -> None:
-        """Differentiate."""
-        loss.backward()
-
-    def step(self) -> None:
+    def update(self) -> None:
         """Drop the gradients."""
-        self.model.zero_grad()
+        self.module.zero_grad()
 
 
-TRAINERS: dict[str, Callable[[GPT, int, int], Trainer]] = {
+TRAINERS: dict[str, Callable[[GPT, Recipe], Trainer]] = {
     "ours": EngineTrainer,
     "original": EngineTrainer,
     "ddp": DDPTrainer,
     "fsdp2": FSDP2Trainer,
+    "fsdp2_whole": FSDP2WholeTrainer,
     "compute": ComputeTrainer,
 }
 
@@ -162,6 +219,7 @@ LABELS = {
     "original": "original 0.19.8, stage {}",
     "ddp": "torch DDP",
     "fsdp2": "torch FSDP2",
+    "fsdp2_whole": "torch FSDP2, one reduction",
     "compute": "compute only",
 }
 
@@ -171,7 +229,9 @@ def split_row(row: str) -> tuple[str, int]:
     kind, _, stage = row.partition(":")
     staged = kind in ("ours", "original")
     if kind not in TRAINERS or (staged and stage not in ("0", "1", "2", "3")) or (not staged and stage):
-        raise ValueError(f"row: expected one of {', '.join(DEFAULT_ROWS)}, got {row!r}")
+        stages = "ours:STAGE, original:STAGE (0 to 3)"
+        others = ", ".join(name for name in TRAINERS if name not in ("ours", "original"))
+        raise ValueError(f"row: expected one of {stages}, {others}, got {row!r}")
     return kind, int(stage or 0)
 
 
@@ -181,10 +241,10 @@ def label(row: str) -> str:
     return LABELS[kind].format(stage)
 
 
-def make_trainer(row: str, model: GPT, batch: int) -> Trainer:
+def make_trainer(row: str, model: GPT, batch: int, accumulation: int) -> Trainer:
     """Build the trainer of a row around `model`."""
     kind, stage = split_row(row)
-    return TRAINERS[kind](model, stage, batch)
+    return TRAINERS[kind](model, Recipe(stage, batch, accumulation))
 
 
 def make_adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -194,13 +254,14 @@ def make_adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     )  # fmt: skip
 
 
-def engine_config(stage: int, batch: int) -> dict[str, Any]:
+def engine_config(recipe: Recipe) -> dict[str, Any]:
     """Write the configuration both engines get; what it does not name stays at their defaults."""
     return {
-        "train_micro_batch_size_per_gpu": batch,
+        "train_micro_batch_size_per_gpu": recipe.batch,
+        "gradient_accumulation_steps": recipe.accumulation,
         "gradient_clipping": CLIP,
         "bf16": {"enabled": True},
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": recipe.stage},
         "optimizer": {
             "type": "AdamW",
             "params": {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": WEIGHT_DECAY},

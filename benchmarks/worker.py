@@ -18,6 +18,7 @@ import torch.distributed as dist
 from meter import Memory, write_record
 from model import Shape, batches, build_model
 from rows import Trainer, make_trainer, split_row
+from torch import Tensor
 
 
 def main() -> None:
@@ -29,7 +30,8 @@ def main() -> None:
     kind, _ = split_row(options.row)
     began = time.perf_counter()
     start_group(kind)
-    trainer = make_trainer(options.row, build_model(shape), shape.batch)
+    model = build_model(shape, options.checkpointing)
+    trainer = make_trainer(options.row, model, shape.batch, options.accumulation)
     record = train(trainer, shape, rank, options, began)
     record["versions"] = versions(kind)
     write_record(options.out, rank, record)
@@ -45,6 +47,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--accumulation", type=int, required=True, help="micro-batches of a step")
+    parser.add_argument("--checkpointing", action="store_true", help="run the blocks again in backward")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -67,11 +71,37 @@ def train(
     phases: dict[str, list[float]] = {"forward": [], "backward": [], "step": [], "total": [], "cpu": []}
     losses: list[float] = []
     ready = 0.0
-    for index, batch in enumerate(batches(shape, rank, options.warmup + options.steps)):
+    gathers: int | None = None
+    count = options.accumulation
+    drawn = batches(shape, rank, count * (options.warmup + options.steps))
+    for index in range(options.warmup + options.steps):
         if index == options.warmup:
             memory.restart()
+            gathers = trainer.gathers()
             dist.barrier()
-        cpu = time.process_time()
+        spans, loss = run_step(trainer, drawn[index * count : (index + 1) * count])
+        losses.append(loss)
+        ready = ready or time.perf_counter() - began
+        if index >= options.warmup:
+            for name, seconds in spans.items():
+                phases[name].append(seconds)
+    return {
+        "seconds": phases,
+        "losses": mean_over_ranks(losses),
+        "first_step": ready,
+        "gathers": None if gathers is None else (trainer.gathers() - gathers) / options.steps,
+        "peak": memory.life_peak(),
+        "peak_training": memory.peak(),
+    }
+
+
+def run_step(trainer: Trainer, micro_batches: list[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], float]:
+    """Run the micro-batches of one step; return the seconds of each phase, summed, and the mean loss."""
+    spans = dict.fromkeys(("forward", "backward", "step"), 0.0)
+    losses = []
+    cpu, began = time.process_time(), time.perf_counter()
+    for number, batch in enumerate(micro_batches, start=1):
+        trainer.announce(number == len(micro_batches))
         stamps = [time.perf_counter()]
         loss = trainer.forward(*batch)
         stamps.append(time.perf_counter())
@@ -79,20 +109,11 @@ def train(
         stamps.append(time.perf_counter())
         trainer.step()
         stamps.append(time.perf_counter())
-        losses.append(loss.item())
-        ready = ready or stamps[-1] - began
-        if index >= options.warmup:
-            spans = [late - early for early, late in pairwise(stamps)]
-            whole = (stamps[-1] - stamps[0], time.process_time() - cpu)
-            for name, span in zip(phases, [*spans, *whole], strict=True):
-                phases[name].append(span)
-    return {
-        "seconds": phases,
-        "losses": mean_over_ranks(losses),
-        "first_step": ready,
-        "peak": memory.life_peak(),
-        "peak_training": memory.peak(),
-    }
+        losses.append(loss.detach())
+        for name, (early, late) in zip(spans, pairwise(stamps), strict=True):
+            spans[name] += late - early
+    whole = {"total": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+    return spans | whole, torch.stack(losses).mean().item()
 
 
 def mean_over_ranks(losses: list[float]) -> list[float]:
