@@ -42,11 +42,27 @@ class Memory:
         return max(self._before, _high_water())
 
 
+def resident() -> int:
+    """Bytes resident now: data, shared memory and mapped files."""
+    return _from_status("VmRSS")
+
+
+def data_resident() -> int:
+    """Bytes of data resident now, shared memory included, mapped files not."""
+    return _from_status("RssAnon") + _from_status("RssShmem")
+
+
+def _from_status(name: str) -> int:
+    """Read a size in bytes from what Linux says about this process."""
+    for line in _lines(_STATUS):
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{_STATUS}: expected a line {name}; this measurement needs Linux")
+
+
 def _high_water() -> int:
     if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        return _from_status("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -103,5 +103,14 @@ def batches(shape: Shape, rank: int, count: int) -> list[tuple[Tensor, Tensor]]:
 
 def count_parameters(shape: Shape) -> int:
     """Count the parameters without allocating them."""
+    return sum(_sizes(shape))
+
+
+def largest_parameter(shape: Shape) -> int:
+    """Count the elements of the largest parameter."""
+    return max(_sizes(shape))
+
+
+def _sizes(shape: Shape) -> list[int]:
     with torch.device("meta"):
-        return sum(p.numel() for p in GPT(shape).parameters())
+        return [p.numel() for p in GPT(shape).parameters()]
