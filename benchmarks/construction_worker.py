@@ -37,7 +37,7 @@ def main() -> None:
         "before": before,
         "peak": memory.peak(),
         "kept": data_resident() - data_before,
-        "parameters": sum(p.ds_numel for p in model.parameters()),
+        "parameters": sum(p.ds_numel for p in model.parameters()),  # type: ignore[attr-defined]
         "versions": {"torch": str(torch.__version__), "this project": str(deepspeed.__version__)},
     }
     write_record(options.out, rank, record)

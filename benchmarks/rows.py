@@ -169,7 +169,8 @@ class FSDP2Trainer(TorchTrainer):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        self.module = fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        self.module = model
         self.optimizer = make_adamw(list(model.parameters()))
 
     def update(self) -> None:

@@ -71,13 +71,13 @@ def train(
     phases: dict[str, list[float]] = {"forward": [], "backward": [], "step": [], "total": [], "cpu": []}
     losses: list[float] = []
     ready = 0.0
-    gathers: int | None = None
+    before: int | None = None
     count = options.accumulation
     drawn = batches(shape, rank, count * (options.warmup + options.steps))
     for index in range(options.warmup + options.steps):
         if index == options.warmup:
             memory.restart()
-            gathers = trainer.gathers()
+            before = trainer.gathers()
             dist.barrier()
         spans, loss = run_step(trainer, drawn[index * count : (index + 1) * count])
         losses.append(loss)
@@ -89,7 +89,7 @@ def train(
         "seconds": phases,
         "losses": mean_over_ranks(losses),
         "first_step": ready,
-        "gathers": None if gathers is None else (trainer.gathers() - gathers) / options.steps,
+        "gathers": per_step(before, trainer.gathers(), options.steps),
         "peak": memory.life_peak(),
         "peak_training": memory.peak(),
     }
@@ -114,6 +114,11 @@ def run_step(trainer: Trainer, micro_batches: list[tuple[Tensor, Tensor]]) -> tu
             spans[name] += late - early
     whole = {"total": time.perf_counter() - began, "cpu": time.process_time() - cpu}
     return spans | whole, torch.stack(losses).mean().item()
+
+
+def per_step(before: int | None, after: int | None, steps: int) -> float | None:
+    """Share what was counted among the timed steps."""
+    return None if before is None or after is None else (after - before) / steps
 
 
 def mean_over_ranks(losses: list[float]) -> list[float]:

@@ -19,12 +19,15 @@ def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("comparison_table")
 
 
-def rank(step: float, peak: int = 1 << 30, last_loss: float = 8.0) -> dict[str, Any]:
+def rank(
+    step: float, peak: int = 1 << 30, last_loss: float = 8.0, gathers: float | None = None
+) -> dict[str, Any]:
     phases = {"forward": [step / 4] * 3, "backward": [step / 2] * 3, "step": [step / 4] * 3}
     return {
         "seconds": {**phases, "total": [step] * 3, "cpu": [step] * 3},
         "losses": [9.0, last_loss],
         "first_step": 1.0,
+        "gathers": gathers,
         "peak": peak,
         "peak_training": peak,
     }
@@ -80,3 +83,33 @@ def test_a_row_that_learns_otherwise_is_shown(table: ModuleType) -> None:
     (loss,) = table.verdicts(table.summarise(turns, 1024, str))
 
     assert "NOT met" in loss
+
+
+def test_stage_3_is_held_against_fsdp2_too(table: ModuleType) -> None:
+    runs = [("ours:3", 0.4, 990), ("original:3", 0.6, 1000), ("fsdp2", 0.5, 980)]
+    turns = [table.make_turn(row, 0, [rank(seconds, peak=mib << 20)]) for row, seconds, mib in runs]
+
+    original, fsdp2, loss = table.verdicts(table.summarise(turns, 1024, str))
+
+    assert "1.50 times as fast as the original (goal 1.3, met)" in original
+    assert "990 MiB beside 1000 MiB (goal: not above, met)" in original
+    assert "1.25 times as fast as FSDP2 (goal 1.3, NOT met)" in fsdp2
+    assert "990 MiB beside 980 MiB (goal: not above, NOT met)" in fsdp2
+    assert "of FSDP2's fall in loss" in loss
+
+
+def test_the_table_shows_the_columns_in_which_a_row_has_a_figure(table: ModuleType) -> None:
+    turns = [
+        table.make_turn("ours:3", 0, [rank(0.4, gathers=18.0), rank(0.4, gathers=22.0)]),
+        table.make_turn("fsdp2", 0, [rank(0.5)]),
+    ]
+
+    titles, _, ours, fsdp2 = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in table.render_table(table.summarise(turns, 1024, str)).splitlines()
+    )
+
+    assert "x DDP" not in titles
+    assert "x original" not in titles
+    assert (ours[titles.index("gathers")], fsdp2[titles.index("gathers")]) == ("22", "-")
+    assert ours[titles.index("x FSDP2")] == "1.25"

@@ -1,0 +1,86 @@
+"""What the benchmarks run: steps of several micro-batches, checkpointed blocks, a predicted construction."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Import a benchmark's module; they are scripts, so their folder joins the path for a moment."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_a_step_of_several_micro_batches_averages_their_gradients_and_updates_once(load: Load) -> None:
+    model, rows, worker = load("model"), load("rows"), load("worker")
+    shape = model.Shape(layers=1, dim=16, heads=2, seq=4, vocab=11, batch=2)
+    drawn = model.batches(shape, 0, 4)
+
+    class Recorder(rows.ComputeTrainer):  # type: ignore[name-defined, misc]
+        updates = 0
+
+        def update(self) -> None:
+            self.updates += 1
+
+    trainer = Recorder(model.build_model(shape), rows.Recipe(stage=0, batch=2, accumulation=4))
+    spans, loss = worker.run_step(trainer, drawn)
+    whole = model.build_model(shape).bfloat16()
+    expected = whole(torch.cat([ids for ids, _ in drawn]), torch.cat([targets for _, targets in drawn]))
+    expected.backward()
+
+    assert trainer.updates == 1
+    assert loss == pytest.approx(expected.item(), rel=1e-2)
+    torch.testing.assert_close(trainer.module.head.weight.grad, whole.head.weight.grad, atol=2e-3, rtol=5e-2)
+    assert spans["total"] >= spans["forward"] + spans["backward"] + spans["step"] > 0
+
+
+def test_checkpointed_blocks_change_no_gradient(load: Load) -> None:
+    model = load("model")
+    shape = model.Shape(layers=2, dim=16, heads=2, seq=4, vocab=11, batch=2)
+    (batch,) = model.batches(shape, 0, 1)
+
+    def gradients(checkpointing: bool) -> list[Tensor]:
+        gpt = model.build_model(shape, checkpointing)
+        gpt(*batch).backward()
+        return [p.grad for p in gpt.parameters()]
+
+    for with_it, without in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(with_it, without)
+
+
+def test_the_options_of_a_comparison_stand_on_its_page(load: Load) -> None:
+    model, page, compare = load("model"), load("comparison_page"), load("compare")
+    options = compare.parse(
+        ["--rows", "ours:3,fsdp2", "--ranks", "4", "--accumulation", "4", "--checkpointing"]
+    )
+
+    subject = page.Page(model.Shape(), options).subject()
+
+    assert "ranks: 4" in subject
+    assert "micro-batches of a step: 4" in subject
+    assert "every block checkpointed" in subject
+
+
+def test_construction_is_predicted_from_the_layout_and_held_against_it(load: Load) -> None:
+    model, construction = load("model"), load("construction")
+    shape = model.Shape(layers=1, dim=16, heads=2, seq=4, vocab=100)
+    prediction = construction.predict(shape, ranks=2)
+
+    def run(*growths: float) -> list[dict[str, float]]:
+        return [{"before": 5, "peak": 5 + growth * prediction.peak} for growth in growths]
+
+    assert prediction.kept == model.count_parameters(shape)  # two bytes each, on two ranks
+    assert prediction.making == 6 * 100 * 16
+    assert construction.apart([run(1.0, 1.1), run(1.0, 1.2), run(2.0, 1.2)], prediction) == pytest.approx(0.2)
+    assert 0.99e9 < model.count_parameters(construction.BILLION) < 1.01e9
