@@ -139,7 +139,7 @@ class DDPTrainer(TorchTrainer):
     def announce(self, last: bool) -> None:
         """Reduce in the last micro-batch only; what ``no_sync`` does, without its block."""
         super().announce(last)
-        self.module.require_backward_grad_sync = last
+        self.module.require_backward_grad_sync = last  # type: ignore[assignment]
 
     @torch.no_grad()
     def update(self) -> None:
