@@ -281,7 +281,7 @@ class Gatherer:
 
     def _bring(self, unit: Unit) -> None:
         """Make a unit whole, and begin to gather those expected after it."""
-        self._order.used(unit)
+        self._order.used(unit, _running_task() > 0)
         if not unit.is_whole:
             if not unit.is_gathering:
                 self._make_room(unit)

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 
 from deepspeed.zero.unit import Unit
 
+Use = tuple[Unit, bool]
+"""A unit, and whether backward uses it."""
+
 FAR = 2**62
 """Distance to a use that is not expected."""
 
@@ -18,8 +21,8 @@ class UseOrder:
     """The uses of units in this pass, beside those of the last one."""
 
     def __init__(self) -> None:
-        self._seen: list[Unit] = []
-        self._expected: list[Unit] = []
+        self._seen: list[Use] = []
+        self._expected: list[Use] = []
         self._next = 0
 
     def begin_pass(self) -> None:
@@ -29,19 +32,21 @@ class UseOrder:
         self._seen = []
         self._next = 0
 
-    def used(self, unit: Unit) -> None:
+    def used(self, unit: Unit, in_backward: bool) -> None:
         """Note a use; several in a row are one."""
-        if self._seen and self._seen[-1] is unit:
+        use = (unit, in_backward)
+        if self._seen and self._seen[-1] == use:
             return
-        self._seen.append(unit)
+        self._seen.append(use)
         for position in range(self._next, len(self._expected)):
-            if self._expected[position] is unit:
+            if self._expected[position] == use:
                 self._next = position + 1
                 return
 
     def upcoming(self) -> Iterator[Unit]:
         """Yield the units expected next, a unit for each of its uses."""
-        yield from self._expected[self._next :]
+        for unit, _ in self._expected[self._next :]:
+            yield unit
 
     def distance(self, unit: Unit) -> int:
         """Return how many elements are expected to be used before `unit` is again; FAR if it is not."""
