@@ -21,6 +21,7 @@ _ROWS = {
         "*FSDP2, one reduction*: gradients stay whole between the micro-batches of a step and are "
         "reduced in the last one."
     ),
+    "fsdp2_live": "*FSDP2, one gather*: parameters stay gathered from forward to backward.",
     "compute": "*Compute only*: every rank's forward and backward without communication and update.",
 }
 

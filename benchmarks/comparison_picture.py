@@ -14,6 +14,7 @@ _TINTS = {
     "ddp": "#6b7280",
     "fsdp2": "#6b7280",
     "fsdp2_whole": "#6b7280",
+    "fsdp2_live": "#6b7280",
     "compute": "#b8bdc6",
 }
 _OPACITY = {"forward": 0.45, "backward": 0.7, "step": 1.0}

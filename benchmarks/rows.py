@@ -5,6 +5,7 @@ original:STAGE   the original DeepSpeed with the same configuration
 ddp              torch DDP over a bf16 model, fp32 master weights kept by hand, fused AdamW
 fsdp2            torch fully_shard per block, bf16 parameters and reduction, fused AdamW on the fp32 shards
 fsdp2_whole      the same, but gradients stay whole between micro-batches and are reduced at the last one
+fsdp2_live       fsdp2 whose parameters stay gathered from forward to backward
 compute          forward and backward alone: no communication and no update, the limit for everybody
 """
 
@@ -160,6 +161,8 @@ class FSDP2Trainer(TorchTrainer):
     As in ZeRO-3, every micro-batch reduces its gradients, so that they stay sharded between them.
     """
 
+    reshard = True
+
     def __init__(self, model: GPT, recipe: Recipe) -> None:
         super().__init__(recipe)
         from torch.distributed.device_mesh import init_device_mesh
@@ -168,7 +171,7 @@ class FSDP2Trainer(TorchTrainer):
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
         for block in model.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         self.module = model
         self.optimizer = make_adamw(list(model.parameters()))
@@ -189,6 +192,12 @@ class FSDP2WholeTrainer(FSDP2Trainer):
         self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
 
 
+class FSDP2LiveTrainer(FSDP2Trainer):
+    """FSDP2 that gathers once a micro-batch, as engines do while the model is below their live limit."""
+
+    reshard = False
+
+
 class ComputeTrainer(TorchTrainer):
     """bf16 forward and backward, gradients thrown away."""
 
@@ -207,6 +216,7 @@ TRAINERS: dict[str, Callable[[GPT, Recipe], Trainer]] = {
     "ddp": DDPTrainer,
     "fsdp2": FSDP2Trainer,
     "fsdp2_whole": FSDP2WholeTrainer,
+    "fsdp2_live": FSDP2LiveTrainer,
     "compute": ComputeTrainer,
 }
 
@@ -221,6 +231,7 @@ LABELS = {
     "ddp": "torch DDP",
     "fsdp2": "torch FSDP2",
     "fsdp2_whole": "torch FSDP2, one reduction",
+    "fsdp2_live": "torch FSDP2, one gather",
     "compute": "compute only",
 }
 
