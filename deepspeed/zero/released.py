@@ -127,15 +127,9 @@ class ReleasedParameter(ShardedParameter):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if func in ALIASES:
-            return Alias.of(args[0])
-        if func in MOVES and _stays(func, *args, **kwargs):
-            return args[0]
-        if func == SET_DATA and args[0] is args[1]:  # what Module.to() does with a parameter that stays
-            return None
+        answer = _answer(func, args, kwargs)
+        if answer is not VALUES_NEEDED:
+            return answer
         with _all_whole(_released_among((args, kwargs)), func):
             return func(*args, **kwargs)
 
@@ -165,13 +159,9 @@ class Alias(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in ALIASES:
-            return cls.of(args[0])
-        if func in MOVES and _stays(func, *args, **kwargs):
-            return args[0]
-        if func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+        answer = _answer(func, args, kwargs)
+        if answer is not VALUES_NEEDED:
+            return answer
         with _all_whole(_released_among((args, kwargs)), func), torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -180,6 +170,23 @@ class Alias(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise _refusal([self], "pickle")
+
+
+VALUES_NEEDED = object()
+
+
+def _answer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the result of an operation that reads no values; VALUES_NEEDED of any other."""
+    if func in METADATA:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    if func in ALIASES:
+        return Alias.of(args[0])
+    if func in MOVES and _stays(func, *args, **kwargs):
+        return args[0]
+    if func == SET_DATA and args[0] is args[1]:  # what Module.to() does with a parameter that stays
+        return None
+    return VALUES_NEEDED
 
 
 @cache
