@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,16 @@ def peak_resident_bytes() -> int:
         return resident_bytes()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024
+
+
+def trim_heap() -> None:
+    """Give free memory inside the heap back to the system, where the C library can (glibc).
+
+    A large block that is freed below a small one that stays would count as this process's memory otherwise.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 class Memory(Devices):
@@ -83,8 +94,10 @@ class Memory(Devices):
         return int(psutil.virtual_memory().available)
 
     def empty_cache(self) -> None:
-        """Give memory that the allocator holds unused back to the device."""
-        if hasattr(self.module, "empty_cache"):
+        """Give memory that the allocator holds unused back to the device (CPU: to the system)."""
+        if self.on_host:
+            trim_heap()
+        elif hasattr(self.module, "empty_cache"):
             self.module.empty_cache()
 
     def pin_memory(self, tensor: torch.Tensor, align_bytes: int = 1) -> torch.Tensor:

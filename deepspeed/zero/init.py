@@ -33,6 +33,9 @@ from deepspeed.zero.slot import slot_of
 from deepspeed.zero.stage import RankGroup, Sharding, sharding_for_stage
 from deepspeed.zero.unit import Unit
 
+TRIM_EVERY = 32 * 2**20
+"""Bytes of parameters made on the host after which the heap's holes, left by whole ones, go back to the system."""
+
 CONSTRUCTORS = ("tensor", "empty", "zeros", "ones", "full", "arange", "eye", "rand", "randn")
 
 
@@ -137,6 +140,7 @@ class Construction:
         self._meter = GatherMeter()
         self._under_way: list[nn.Module] = []
         self._units: list[Unit] = []
+        self._untrimmed = 0
 
     def begin(self) -> None:
         """Wrap the constructors of tensors and modules."""
@@ -186,6 +190,10 @@ class Construction:
         )
         unit.demand = _first_rank_decides
         self._units.append(unit)
+        self._untrimmed += unit.layout.total * unit.flat.element_size()
+        if self._device.type == "cpu" and self._untrimmed >= TRIM_EVERY:
+            self._untrimmed = 0
+            get_accelerator().empty_cache()
 
 
 def _tensor_wrapper() -> Callable[..., Any]:
