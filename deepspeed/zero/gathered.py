@@ -151,9 +151,19 @@ def whole_values(state: dict[str, Any], *, keep: bool) -> dict[str, Any] | None:
     for name, value in state.items():
         if isinstance(value, ShardedParameter) and not value.ds_persist:
             if id(value) not in copies:
-                with GatheredParameters(value):
-                    copies[id(value)] = state[name].detach().cpu().clone() if keep else torch.empty(0)
+                copies[id(value)] = _copy_of(value.ds_slot, keep=keep)
             whole[name] = copies[id(value)]
         else:
             whole[name] = value.detach() if isinstance(value, Tensor) else value
     return whole if keep else None
+
+
+def _copy_of(slot: Slot, *, keep: bool) -> Tensor:
+    """Read a parameter into host memory; a rank that keeps nothing helps the others where they need it."""
+    unit = slot.unit
+    if not keep and unit.reads_alone:
+        return torch.empty(0)
+    shape = unit.params[slot.index].shape
+    value = torch.empty(shape, dtype=unit.flat.dtype, device=unit.flat.device)
+    unit.read(slot.index, value)
+    return value.cpu() if keep else torch.empty(0)
