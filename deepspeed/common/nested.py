@@ -20,3 +20,14 @@ def move_to_device(item: Any, device: torch.device | str, non_blocking: bool = F
     if isinstance(item, (list, tuple)):
         return type(item)(move_to_device(value, device, non_blocking) for value in item)
     return item
+
+
+def tensors_in(output: Any) -> list[torch.Tensor]:
+    """Return the tensors in a module's output: a tensor, containers of them, or an object with attributes."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, dict):
+        return [tensor for value in output.values() for tensor in tensors_in(value)]
+    if isinstance(output, (list, tuple)):
+        return [tensor for value in output for tensor in tensors_in(value)]
+    return [value for value in getattr(output, "__dict__", {}).values() if isinstance(value, torch.Tensor)]

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.common.logging import logger, warn_once
+from deepspeed.common.nested import tensors_in
 from deepspeed.engine.accessors import EngineAccessors
 from deepspeed.engine.feature import Feature
-from deepspeed.engine.inputs import InputRules, tensors_in
+from deepspeed.engine.inputs import InputRules
 from deepspeed.engine.memory import MemoryControl
 from deepspeed.engine.structure import Structure
 from deepspeed.engine.watch import OutputWatch

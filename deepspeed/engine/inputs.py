@@ -33,14 +33,3 @@ class InputRules:
         if tensor.dtype == dtype and tensor.device == self.device:
             return tensor
         return tensor.to(device=self.device, dtype=dtype, non_blocking=True)
-
-
-def tensors_in(output: Any) -> list[Tensor]:
-    """Return the tensors in a module's output: a tensor, containers of them, or an object with attributes."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, dict):
-        return [tensor for value in output.values() for tensor in tensors_in(value)]
-    if isinstance(output, (list, tuple)):
-        return [tensor for value in output for tensor in tensors_in(value)]
-    return [value for value in getattr(output, "__dict__", {}).values() if isinstance(value, Tensor)]

@@ -21,6 +21,10 @@ the graph came about.
 Note [A node may still hold it]
 A backward function that has unpacked views may run other code before it uses them. A unit is therefore not
 released while the function that unpacked it last is running, nor by a backward inside that backward.
+
+Note [Views in outputs]
+A module may return a view of its weight (``return self.table[:length]``). Its unit then stays for as long as
+the forward that called the module lasts; what the outermost forward returns is a copy.
 """
 
 from __future__ import annotations
@@ -35,8 +39,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from deepspeed.common.nested import tensors_in
 from deepspeed.errors import UsageError
 from deepspeed.zero import external
 from deepspeed.zero.meter import GatherMeter
@@ -158,23 +164,46 @@ class Gatherer:
             slot = slot_of(param)
             if slot is not None:
                 self._use(slot.unit, frame)
-        if torch.is_grad_enabled() and not self._is_on_top():
-            frame.hooks = self._save_hooks()
-            frame.hooks.__enter__()
+        if torch.is_grad_enabled():
+            frame.hooks = self._watch_saving()
 
-    def leave(self, module: nn.Module) -> None:
-        """A module has ended its forward, by an exception perhaps."""
+    def leave(self, module: nn.Module, output: Any = None) -> Any:
+        """A module has ended its forward, by an exception perhaps; return what replaces its output, or None."""
+        lent = self._lent_in(output)
         while any(frame.module is module for frame in self._frames):
             frame = self._frames.pop()
             if frame.hooks is not None:
                 frame.hooks.__exit__(None, None, None)
             for unit in frame.units:
+                if unit in lent and self._frames:
+                    self._frames[-1].units.append(unit)
+                    continue
+                if unit in lent and _running_task():
+                    self._unpacked[unit] = (torch._C._current_autograd_node(), _running_task())
                 unit.users -= 1
                 self._left(unit)
             if frame.module is module:
                 break
-        if not self._frames and not self._training and not _running_task():
+        if self._frames or _running_task():
+            return None
+        if lent:
+            output = tree_map_only(Tensor, self._copy_of_view, output)
+        if not self._training:
             self.release_all()
+        return output if lent else None
+
+    def _lent_in(self, output: Any) -> set[Unit]:
+        """See note [Views in outputs]."""
+        units = (self._unit_of_view(tensor) for tensor in tensors_in(output))
+        return {unit for unit in units if unit is not None}
+
+    def _unit_of_view(self, tensor: Tensor) -> Unit | None:
+        if isinstance(tensor, nn.Parameter) or tensor.layout != torch.strided:
+            return None
+        return self._by_storage.get(tensor.untyped_storage()._cdata)
+
+    def _copy_of_view(self, tensor: Tensor) -> Tensor:
+        return tensor if self._unit_of_view(tensor) is None else tensor.clone()
 
     def _use(self, unit: Unit, frame: Frame) -> None:
         unit.users += 1
@@ -188,17 +217,24 @@ class Gatherer:
             unit.release()
 
     def _demand(self, unit: Unit) -> AbstractContextManager[object] | None:
-        """Gather a unit for an operation inside a forward or a backward; it stays until that ends."""
+        """Gather a unit for an operation inside a forward; it stays until that forward ends."""
         if self._frames:
             self._use(unit, self._frames[-1])
         elif _running_task():
-            self._bring(unit)
-            self._note_backward(unit)
+            self._bring_for_node(unit)
         else:
             return None
         return nullcontext()
 
     # -- backward ---------------------------------------------------------------------------------
+
+    def _watch_saving(self) -> saved_tensors_hooks | None:
+        """See to what autograd saves from now on; None where that is seen to already."""
+        if self._is_on_top():
+            return None
+        hooks = self._save_hooks()
+        hooks.__enter__()
+        return hooks
 
     def _save_hooks(self) -> saved_tensors_hooks:
         below = _top_hooks()
@@ -229,11 +265,16 @@ class Gatherer:
                 f"{unit.names[0]}: its values changed between forward and backward; call backward before step, "
                 "or run forward again"
             )
-        task = _running_task()
-        self._unpacked[unit] = (torch._C._current_autograd_node(), task)
+        self._bring_for_node(unit)
+        if torch.is_grad_enabled() and _running_task():
+            self._watch_saving()  # of the node that unpacks, in a backward that is differentiated itself; it ends there
+        return saved.view
+
+    def _bring_for_node(self, unit: Unit) -> None:
+        """Make a unit whole for the running backward function. See note [A node may still hold it]."""
+        self._unpacked[unit] = (torch._C._current_autograd_node(), _running_task())
         self._bring(unit)
         self._note_backward(unit)
-        return saved.view
 
     def _note_backward(self, unit: Unit) -> None:
         task = _running_task()
@@ -358,12 +399,9 @@ class _Leave:
     def __init__(self, gatherer: Any) -> None:
         self._gatherer = gatherer
 
-    def __call__(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        gatherer = self._gatherer()
-        if gatherer is not None:
-            gatherer.leave(module)
+    def __call__(self, module: nn.Module, _inputs: Any, output: Any) -> Any:
+        gatherer = None if torch.compiler.is_compiling() else self._gatherer()
+        return None if gatherer is None else gatherer.leave(module, output)
 
     def __reduce__(self) -> Any:
         return _Leave, (_gone,)
