@@ -22,6 +22,9 @@ from deepspeed.zero.slot import Slot
 from deepspeed.zero.stage import RankGroup
 from deepspeed.zero.unit import Unit
 
+PARTS = 64
+"""Into how many parts a parameter is cut to notice values that changed places."""
+
 
 class GatheredParameters:
     """Context in which parameters are whole; changes made in it are kept.
@@ -68,15 +71,21 @@ class GatheredParameters:
         return self
 
     def __exit__(self, kind: Any, *error: Any) -> None:
-        if kind is None and self._params:
-            self._keep_changes()
-        for slot in self._alone:
-            slot.unit.hide(slot.index)
-        for unit in self._whole_units:
-            unit.users -= 1
-            if unit.users == 0:
-                unit.release()
-        self._whole_units, self._alone = [], []
+        kept = False
+        try:
+            if kind is None and self._params:
+                self._keep_changes()
+            kept = kind is None
+        finally:
+            for slot in self._alone:
+                slot.unit.hide(slot.index)
+            for unit in self._whole_units:
+                unit.users -= 1
+                if not kept and unit.sharding.releases:
+                    unit.forget_edits()  # each rank may have made others
+                if unit.users == 0:
+                    unit.release()
+            self._whole_units, self._alone = [], []
 
     def _by_unit(self) -> dict[Unit, list[Any]]:
         units: dict[Unit, list[Any]] = {}
@@ -86,6 +95,8 @@ class GatheredParameters:
 
     @torch.no_grad()
     def _keep_changes(self) -> None:
+        for param in self._params:
+            _check_size(param)
         everyone = self._params[0].ds_slot.unit.sharding.everyone
         changed = self._params
         if everyone.size > 1:
@@ -128,6 +139,14 @@ class GatheredParameters:
             )
 
 
+def _check_size(param: Any) -> None:
+    if param.numel() != param.ds_numel:
+        raise UsageError(
+            f"{param.ds_slot.name}: expected {param.ds_numel} elements as before, got shape {tuple(param.shape)}; "
+            "its shard has no room for it: change the size before deepspeed.initialize"
+        )
+
+
 def _fingerprint(param: Any) -> Tensor:
     bits = (
         param.detach()
@@ -135,7 +154,9 @@ def _fingerprint(param: Any) -> Tensor:
         .reshape(-1)
         .view(torch.uint8 if param.element_size() == 1 else torch.int16)
     )
-    return torch.stack([bits.sum(dtype=torch.int64), torch.full_like(bits[:1].sum(), param._version)])
+    sums = torch.stack([part.sum(dtype=torch.int64) for part in bits.split(max(1, bits.numel() // PARTS))])
+    weighted = (sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()
+    return torch.stack([weighted, torch.full_like(weighted, param._version)])
 
 
 def whole_values(state: dict[str, Any], *, keep: bool) -> dict[str, Any] | None:

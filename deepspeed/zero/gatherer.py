@@ -110,6 +110,7 @@ class Gatherer:
         self._frames: list[Frame] = []
         self._unpacked: dict[Unit, tuple[Any, int]] = {}  # unit -> the node that unpacked it last, its task
         self._in_backward: list[Unit] = []  # in the order of their last use in the running backward
+        self._read: dict[int, list[Unit]] = {}  # a backward's task -> units that were read by name in it
         self._ending: set[int] = set()  # graph tasks whose end is being waited for
         self.forward_hooks: list[RemovableHandle] = []
         self.backward_hooks: list[RemovableHandle] = []
@@ -175,13 +176,13 @@ class Gatherer:
             if frame.hooks is not None:
                 frame.hooks.__exit__(None, None, None)
             for unit in frame.units:
-                if unit in lent and self._frames:
-                    self._frames[-1].units.append(unit)
-                    continue
                 if unit in lent and _running_task():
-                    self._unpacked[unit] = (torch._C._current_autograd_node(), _running_task())
-                unit.users -= 1
-                self._left(unit)
+                    self._read.setdefault(_running_task(), []).append(unit)
+                elif unit in lent and self._frames:
+                    self._frames[-1].units.append(unit)
+                else:
+                    unit.users -= 1
+                    self._left(unit)
             if frame.module is module:
                 break
         if self._frames or _running_task():
@@ -209,19 +210,29 @@ class Gatherer:
         unit.users += 1
         frame.units.append(unit)
         self._bring(unit)
+        unit.gather()
         if _running_task():
             self._note_backward(unit)
 
     def _left(self, unit: Unit) -> None:
-        if unit.users == 0 and not _running_task() and not self._is_soon_used(unit):
+        if unit.users > 0:
+            return
+        if _running_task() or self._is_soon_used(unit):
+            unit.rest()
+        else:
             unit.release()
 
     def _demand(self, unit: Unit) -> AbstractContextManager[object] | None:
         """Gather a unit for an operation inside a forward; it stays until that forward ends."""
-        if self._frames:
+        task = _running_task()
+        if task:  # what autograd saves of it may go past our hooks, to those of a recomputation
+            self._bring(unit)
+            unit.gather()
+            unit.users += 1
+            self._note_backward(unit)
+            self._read.setdefault(task, []).append(unit)
+        elif self._frames:
             self._use(unit, self._frames[-1])
-        elif _running_task():
-            self._bring_for_node(unit)
         else:
             return None
         return nullcontext()
@@ -308,10 +319,15 @@ class Gatherer:
 
     def _backward_ended(self, task: int) -> None:
         self._ending.discard(task)
+        self._end_reading(task)
         for unit in list(self._in_backward):
             if self._unpacked.get(unit, (None, task))[1] == task and unit.users == 0:
                 self._forget(unit)
                 unit.release()
+
+    def _end_reading(self, task: int) -> None:
+        for unit in self._read.pop(task, ()):
+            unit.users -= 1
 
     def _forget(self, unit: Unit) -> None:
         self._unpacked.pop(unit, None)
@@ -326,7 +342,7 @@ class Gatherer:
         if not unit.is_whole:
             if not unit.is_gathering:
                 self._make_room(unit)
-            unit.gather()
+            unit.bring()
         if not unit.reads_alone:
             self._prefetch()
 
@@ -369,10 +385,12 @@ class Gatherer:
     def end_step(self) -> None:
         """Release everything: the values are about to change, or the step is over.
 
-        Frames that an exception left behind end here.
+        Frames and backwards that an exception left behind end here.
         """
         while self._frames:
             self.leave(self._frames[-1].module)
+        for task in list(self._read):
+            self._end_reading(task)
         self.release_all()
 
 

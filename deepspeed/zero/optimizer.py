@@ -276,9 +276,11 @@ class ZeroOptimizer(WrappedOptimizer):
     def _agree(self, active: Sequence[UnitGradients]) -> tuple[Tensor, set[nn.Parameter]]:
         """Return the norm of the summed gradients, and the parameters that had a gradient on no rank.
 
-        One all-reduce carries both. Whether something is unused needs no look at the device where every
-        parameter was used on this rank: then it was used somewhere.
+        One all-reduce carries both, and whether any rank has late gradients; if so, all reduce them and agree
+        again. Whether something is unused needs no look at the device where every parameter was used on this
+        rank: then it was used somewhere.
         """
+        late = self._reducer.holds_local
         shards = [gradients.shard for gradients in active if gradients.shard is not None]
         norms = [_norm(part) for part in _norm_parts(shards)]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
@@ -287,11 +289,15 @@ class ZeroOptimizer(WrappedOptimizer):
         if group.size > 1:
             replicas = active[0].unit.sharding.replica_group.size
             flags = torch.tensor(used, dtype=torch.float32, device=norm.device)
-            message = torch.cat([(norm.square() / replicas).reshape(1), flags])
+            parts = [(norm.square() / replicas).reshape(1), norm.new_full((1,), float(late)), flags]
+            message = torch.cat(parts)
             comm.all_reduce(message, group=group.process_group)
-            norm = message[0].sqrt()
+            norm, late = message[0].sqrt(), _read(message[1])
             if not all(used):
-                used = (message[1:] > 0).tolist()
+                used = (message[2:] > 0).tolist()
+        if late:
+            self._reducer.flush(late=True)
+            return self._agree(active)
         if all(used):
             return norm, set()
         params = [param for gradients in active for param in gradients.unit.params]

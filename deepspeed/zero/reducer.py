@@ -9,7 +9,8 @@ collectives and cannot hang.
 Note [Backward inside backward]
 A reentrant checkpoint runs a backward of its own inside the outer one, and a parameter that several
 checkpoints share gets a gradient in each. A gradient that arrives from an inner backward is therefore not
-known to be complete, and such a backward reduces everything when its outermost part ends.
+known to be complete, and such a backward reduces everything when its outermost part ends. A unit may have had
+its turn by then; what comes late waits on its rank, and the step asks all ranks whether any of them has some.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Reducer:
         self._order = list(reversed(self.gradients))
         self._turn = 0
         self._landed = 0
+        self._kept = False  # the last backward was not reduced, on any rank
         self._in_flight = in_flight
         self._task: int | None = None  # autograd's number of the outermost running backward
         self._eager = True
@@ -82,6 +84,7 @@ class Reducer:
             self._take_turn()
         while self._landed < self._turn:
             self._land_next()
+        self._kept = not self.sync
         for gradients in self.gradients:
             if gradients.missing < 0:  # a second gradient came after the unit's turn; it goes with the next
                 gradients.keep_local()
@@ -102,15 +105,21 @@ class Reducer:
             if self._task is not None:
                 self.abort()
 
-    def flush(self) -> None:
-        """Reduce what earlier backwards kept on this rank."""
-        if any(gradients.holds_local for gradients in self.gradients):
+    @property
+    def holds_local(self) -> bool:
+        """Whether this rank has gradients that were never reduced; the other ranks may have none."""
+        return any(gradients.holds_local for gradients in self.gradients)
+
+    def flush(self, *, late: bool = False) -> None:
+        """Reduce what earlier backwards kept on all ranks, or with `late` on some: then all ranks call it."""
+        if late or self._kept:
             self.sync = True
             self.begin()
             self.end()
 
     def clear(self) -> None:
         """Forget all gradients."""
+        self._kept = False
         for gradients in self.gradients:
             gradients.clear()
 

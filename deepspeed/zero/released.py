@@ -207,7 +207,7 @@ def _units(params: Iterable[Any]) -> list[Unit]:
 
 def _released_among(values: Any) -> Iterator[Any]:
     if isinstance(values, (ReleasedParameter, Alias)):
-        if not values.ds_slot.unit.is_whole:
+        if not values.ds_slot.unit.is_open:
             yield values
     elif isinstance(values, (tuple, list)):
         for value in values:

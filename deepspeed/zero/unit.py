@@ -13,6 +13,11 @@ stay views of it and keep their shapes, and so do the views that autograd has sa
 brings all of them back to life. What reads a released view would read freed memory, so nothing may: a
 released parameter is of a class that says so (released.py), and what autograd saved is handed out only after
 its unit was gathered (gatherer.py).
+
+Note [Resting]
+A unit whose values are kept for a later use, or brought for a backward function, may be released at any time.
+Its parameters are therefore of the class of released ones all the same: whoever reads one by its name is seen,
+and the unit stays for as long as that reader may need it.
 """
 
 from __future__ import annotations
@@ -60,7 +65,8 @@ class Unit:
 
     Attributes:
         users: those who need the unit whole now; it is not released while there are any.
-        is_whole: whether the parameters can be read.
+        is_whole: whether the values of the whole parameters are here.
+        is_open: whether the parameters may be read by their names; see note [Resting].
         first_id: number of the first parameter; the others follow.
         updates: how often the values have changed.
         demand: asked when a released parameter is used; gives a context in which it is whole, or None.
@@ -84,7 +90,7 @@ class Unit:
         self.sharding = sharding
         self.dtypes = dtypes
         self.users = self.updates = 0
-        self.is_whole = True
+        self.is_whole = self.is_open = True
         self.first_id = _numbers(len(named))
         self.demand: Demand = _refuse
         self._meter = meter or GatherMeter()
@@ -118,7 +124,7 @@ class Unit:
         with torch.no_grad():
             for param, view in zip(self.params, self.views(given), strict=True):
                 slot = slot_of(param)
-                if slot is None or slot.unit.is_whole:
+                if slot is None or slot.unit.is_open:
                     view.copy_(param)
                 else:
                     slot.unit.read(slot.index, view)
@@ -208,7 +214,7 @@ class Unit:
                 )
         if self._block is not None:
             self._read_rows(rows, self._block)
-            self._become_whole()
+            self.is_whole = True
 
     def _read_rows(self, rows: Tensor, block: Block) -> None:
         near, chunk = self.sharding.hold_group, self.layout.chunk
@@ -219,18 +225,27 @@ class Unit:
                 else:
                     block.read(rank, index * chunk, row[rank])
 
-    def gather(self) -> None:
-        """Make the parameters whole, waiting for a gather that is under way."""
+    def bring(self) -> None:
+        """Make the values whole, waiting for a gather that is under way; names stay as they are."""
         self.start_gather()
-        if self._work:
-            for work in self._work:
-                work.wait()
-            self._work = []
-            self._become_whole()
-
-    def _become_whole(self) -> None:
+        for work in self._work:
+            work.wait()
+        self._work = []
         self.is_whole = True
-        self._mark(WHOLE)
+
+    def gather(self) -> None:
+        """Make the parameters whole, for whoever reads them."""
+        self.bring()
+        if not self.is_open:
+            self.is_open = True
+            self._mark(WHOLE)
+
+    def rest(self) -> None:
+        """Keep the values, and let nobody read the parameters by name. See note [Resting]."""
+        if self.is_open and self.sharding.releases:
+            self.adopt_edits()
+            self.is_open = False
+            self._mark(RELEASED)
 
     def _mark(self, state: str) -> None:
         for index, param in enumerate(self.params):
@@ -242,12 +257,11 @@ class Unit:
         if not self.sharding.releases:
             return
         if self._work:
-            self.gather()
+            self.bring()
         if not self.is_whole:
             return
-        self.adopt_edits()
+        self.rest()
         self.is_whole = False
-        self._mark(RELEASED)
         self._storage.resize_(0)
         self._meter.released(self.layout.total, self.flat.element_size())
 
@@ -259,7 +273,7 @@ class Unit:
             out: contiguous, of the parameter's shape, any dtype.
         """
         if self.is_whole:
-            out.copy_(self.params[index].detach())
+            out.copy_(self._views[index])
             return
         near = self.sharding.hold_group
         whole = torch.empty(self.layout.numels[index], dtype=self.flat.dtype, device=self.flat.device)
@@ -288,11 +302,12 @@ class Unit:
         param.data = value
 
     def hide(self, index: int) -> None:
-        """Undo `show`; what was changed must have been written before."""
+        """Undo `show`; what was changed and not written is forgotten."""
         param = self.params[index]
+        self._versions[index] = param._version
         param.data = self._views[index]
         self._apart.discard(index)
-        set_class(param, WHOLE if self.is_whole else RELEASED)
+        set_class(param, WHOLE if self.is_open else RELEASED)
 
     def is_shown(self, index: int) -> bool:
         """Whether a parameter can be read."""
@@ -349,7 +364,7 @@ class Unit:
         Raises:
             UsageError: a parameter's memory was replaced (``.to()``, ``.half()``, ``param.data = ...``).
         """
-        if not self.is_whole:
+        if not self.is_open:  # those of a resting unit were taken over when it came to rest
             return
         self._check_places()
         versions = [param._version for param in self.params]
