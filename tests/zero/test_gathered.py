@@ -308,7 +308,9 @@ def state_before_the_first_step():
     assert safe_get_full_optimizer_state(param, "momentum_buffer") is None
     refused(lambda: safe_set_full_grad(param, torch.zeros(9, 6)), "no gradient")
     if safe_get_local_fp32_param(param) is not None:
-        refused(lambda: safe_set_full_optimizer_state(param, torch.zeros(9, 6), "momentum_buffer"), "first step")
+        refused(
+            lambda: safe_set_full_optimizer_state(param, torch.zeros(9, 6), "momentum_buffer"), "first step"
+        )
     twins.engine.destroy()
 
 
