@@ -276,16 +276,12 @@ class Gatherer:
                 f"{unit.names[0]}: its values changed between forward and backward; call backward before step, "
                 "or run forward again"
             )
-        self._bring_for_node(unit)
-        if torch.is_grad_enabled() and _running_task():
-            self._watch_saving()  # of the node that unpacks, in a backward that is differentiated itself; it ends there
-        return saved.view
-
-    def _bring_for_node(self, unit: Unit) -> None:
-        """Make a unit whole for the running backward function. See note [A node may still hold it]."""
         self._unpacked[unit] = (torch._C._current_autograd_node(), _running_task())
         self._bring(unit)
         self._note_backward(unit)
+        if torch.is_grad_enabled() and _running_task():
+            self._watch_saving()  # of the node that unpacks, in a backward that is differentiated itself; it ends there
+        return saved.view
 
     def _note_backward(self, unit: Unit) -> None:
         task = _running_task()
