@@ -241,7 +241,7 @@ class Gatherer:
 
     def _watch_saving(self) -> saved_tensors_hooks | None:
         """See to what autograd saves from now on; None where that is seen to already."""
-        if self._is_on_top():
+        if _top_hooks_are_of(self):
             return None
         hooks = self._save_hooks()
         hooks.__enter__()
@@ -264,10 +264,6 @@ class Gatherer:
 
         pack.gatherer = self  # type: ignore[attr-defined]
         return saved_tensors_hooks(pack, unpack)
-
-    def _is_on_top(self) -> bool:
-        hooks = _top_hooks()
-        return hooks is not None and getattr(hooks[0], "gatherer", None) is self
 
     def _unpack(self, saved: SavedView) -> Tensor:
         unit = saved.unit
@@ -456,6 +452,11 @@ def _running_task() -> int:
 
 def _top_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _top_hooks_are_of(gatherer: Gatherer) -> bool:
+    hooks = _top_hooks()
+    return hooks is not None and getattr(hooks[0], "gatherer", None) is gatherer
 
 
 def _nobody(_unit: Unit) -> None:

@@ -292,7 +292,8 @@ class ZeroOptimizer(WrappedOptimizer):
             parts = [(norm.square() / replicas).reshape(1), norm.new_full((1,), float(late)), flags]
             message = torch.cat(parts)
             comm.all_reduce(message, group=group.process_group)
-            norm, late = message[0].sqrt(), _read(message[1])
+            norm = message[0].sqrt()
+            late = self._reducer.may_be_late and _read(message[1])
             if not all(used):
                 used = (message[2:] > 0).tolist()
         if late:

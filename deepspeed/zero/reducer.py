@@ -53,6 +53,7 @@ class Reducer:
         self._order = list(reversed(self.gradients))
         self._turn = 0
         self._landed = 0
+        self._on_host = device.type == "cpu"
         self._kept = False  # the last backward was not reduced, on any rank
         self._in_flight = in_flight
         self._task: int | None = None  # autograd's number of the outermost running backward
@@ -109,6 +110,11 @@ class Reducer:
     def holds_local(self) -> bool:
         """Whether this rank has gradients that were never reduced; the other ranks may have none."""
         return any(gradients.holds_local for gradients in self.gradients)
+
+    @property
+    def may_be_late(self) -> bool:
+        """Whether to ask the device if a rank has late gradients: where asking is free, or they are to be expected."""
+        return self._on_host or not self._eager
 
     def flush(self, *, late: bool = False) -> None:
         """Reduce what earlier backwards kept on all ranks, or with `late` on some: then all ranks call it."""
