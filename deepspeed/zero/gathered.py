@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from deepspeed import comm
 from deepspeed.errors import UsageError
 from deepspeed.zero.released import ShardedParameter
-from deepspeed.zero.slot import Slot
+from deepspeed.zero.slot import Slot, slot_of
 from deepspeed.zero.stage import RankGroup
 from deepspeed.zero.unit import Unit
 
@@ -58,7 +58,7 @@ class GatheredParameters:
 
     def __enter__(self) -> GatheredParameters:
         for unit, wanted in self._by_unit().items():
-            if unit.is_whole or 2 * sum(one.ds_numel for one in wanted) >= unit.layout.total:
+            if unit.is_whole or 2 * sum(one.ds_numel for one in wanted) >= sum(unit.layout.numels):
                 unit.users += 1
                 unit.gather()
                 self._whole_units.append(unit)
@@ -73,6 +73,7 @@ class GatheredParameters:
     def __exit__(self, kind: Any, *error: Any) -> None:
         kept = False
         try:
+            self._dismiss_resized()
             if kind is None and self._params:
                 self._keep_changes()
             kept = kind is None
@@ -86,6 +87,16 @@ class GatheredParameters:
                 if unit.users == 0:
                     unit.release()
             self._whole_units, self._alone = [], []
+
+    def _dismiss_resized(self) -> None:
+        """Let go of parameters that got another size (``resize_token_embeddings``), where no engine has them."""
+        resized = [one for one in self._params if one.numel() != one.ds_numel and one.ds_slot.unit.may_resize]
+        for unit in [one.ds_slot.unit for one in resized]:
+            unit.dismiss()
+            self._whole_units.remove(unit)
+        if resized:
+            self._params = [one for one in self._params if slot_of(one) is not None]
+            self._before = self._before and self._fingerprints()
 
     def _by_unit(self) -> dict[Unit, list[Any]]:
         units: dict[Unit, list[Any]] = {}

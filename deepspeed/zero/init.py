@@ -189,6 +189,7 @@ class Construction:
             meter=self._meter,
         )
         unit.demand = _first_rank_decides
+        unit.may_resize = True
         self._units.append(unit)
         self._untrimmed += unit.layout.total * unit.flat.element_size()
         if self._device.type == "cpu" and self._untrimmed >= TRIM_EVERY:

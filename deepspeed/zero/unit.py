@@ -69,6 +69,7 @@ class Unit:
         is_open: whether the parameters may be read by their names; see note [Resting].
         first_id: number of the first parameter; the others follow.
         updates: how often the values have changed.
+        may_resize: whether its one parameter may take another size: no engine has laid it out yet.
         demand: asked when a released parameter is used; gives a context in which it is whole, or None.
     """
 
@@ -93,6 +94,7 @@ class Unit:
         self.is_whole = self.is_open = True
         self.first_id = _numbers(len(named))
         self.demand: Demand = _refuse
+        self.may_resize = False
         self._meter = meter or GatherMeter()
         self._block: Block | None = None
         self._work: list[dist.Work] = []
@@ -163,6 +165,16 @@ class Unit:
         if self._here == 0 and self._block is not None:
             self.settle()  # a slower rank may still be reading
             self._block.give_back()
+
+    def dismiss(self) -> None:
+        """Let the parameters go, as plain ones with the values they show; the next engine lays them out."""
+        for param in self.params:
+            set_class(param, PLAIN)
+            del param.ds_slot  # type: ignore[attr-defined]
+            self.lose_one()
+        if self.sharding.releases:
+            self._storage.resize_(0)
+            self._meter.released(self.layout.total, self.flat.element_size())
 
     # -- where things lie -------------------------------------------------------------------------
 

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from harness import on_ranks, run_on_ranks
 from reference import PlainTrainer
-from test_parity import ADAMW, TOLERANCE, assert_equal_training, config_for
 from torch import nn
 from toys import make_toy, toy_batch, toy_loss
+from training import ADAMW, TOLERANCE, assert_equal_training, config_for
 
 import deepspeed
 from deepspeed.errors import ConfigError, UsageError

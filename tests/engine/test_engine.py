@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import on_ranks, run_on_ranks
-from test_parity import config_for
 from torch import nn
 from toys import make_toy, toy_batch, toy_loss
+from training import config_for
 
 import deepspeed
 from deepspeed.errors import ConfigError, LossScaleError, NotBuiltError, UsageError

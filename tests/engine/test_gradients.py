@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import on_ranks, run_on_ranks
-from test_parity import TOLERANCE, assert_equal_training, config_for, train_both
 from torch import nn
 from toys import make_toy, toy_batch, toy_loss
+from training import TOLERANCE, assert_equal_training, config_for, train_both
 
 import deepspeed
 from deepspeed.errors import UsageError

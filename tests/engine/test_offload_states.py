@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
 from harness import run_on_ranks
-from test_parity import config_for, drive_engine
 from toys import make_toy, toy_batch
+from training import config_for, drive_engine
 
 import deepspeed
 from deepspeed.errors import NotBuiltError, UsageError

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch._dynamo
 from harness import run_on_ranks
-from test_parity import STEPS, assert_equal_training, config_for, drive_engine, train_both
 from torch._dynamo.utils import counters
+from training import STEPS, assert_equal_training, config_for, drive_engine, train_both
 
 
 def compiled_parity(model, backend):
