@@ -335,7 +335,9 @@ class Unit:
         flat_value = value.detach().reshape(-1)
         if self.is_whole:
             self._views[index].copy_(value.detach())
-        for row, chunk in enumerate(self._held_chunks()) if self.sharding.releases else ():
+        near, spread = self.sharding.hold_group, self.sharding.spread_group
+        chunks = range(near.rank, near.size * spread.size, near.size) if self.sharding.releases else ()
+        for row, chunk in enumerate(chunks):
             for piece in self.layout.pieces(chunk):
                 if piece.index == index:
                     part = flat_value[piece.param_start : piece.param_stop]
@@ -346,10 +348,6 @@ class Unit:
                 master = self.master[piece.shard_start : piece.shard_stop]
                 changed = master.to(self.dtypes.storage) != part.to(self.dtypes.storage)
                 master.copy_(torch.where(changed, part.to(master.dtype), master))
-
-    def _held_chunks(self) -> range:
-        near, spread = self.sharding.hold_group, self.sharding.spread_group
-        return range(near.rank, near.size * spread.size, near.size)
 
     def settle(self) -> None:
         """Wait until no rank is still reading or writing what ranks hold. A collective."""
@@ -389,7 +387,10 @@ class Unit:
                     self.write(index, self.params[index])
 
     def forget_edits(self) -> None:
-        """Take edits as taken over already."""
+        """Take edits as taken over already; parameters show the flat again where other memory was put in."""
+        for index, param in enumerate(self.params):
+            if self.is_open and index not in self._apart and param.untyped_storage()._cdata != self.key:
+                param.data = self._views[index]
         self._versions = [param._version for param in self.params]
 
     def _check_places(self) -> None:
