@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from deepspeed import comm
 from deepspeed.errors import UsageError
-from deepspeed.zero.released import ShardedParameter
-from deepspeed.zero.slot import Slot, slot_of
+from deepspeed.zero.slot import Slot, is_zero_param, slot_of
 from deepspeed.zero.stage import RankGroup
 from deepspeed.zero.unit import Unit
 
@@ -50,7 +49,7 @@ class GatheredParameters:
         enabled: bool = True,
     ) -> None:
         given: Iterable[Any] = [params] if params is None or isinstance(params, Tensor) else params
-        sharded = {id(one): one for one in given if isinstance(one, ShardedParameter)} if enabled else {}
+        sharded = {id(one): one for one in given if is_zero_param(one)} if enabled else {}
         self._params: list[Any] = sorted(sharded.values(), key=lambda one: one.ds_id)
         self._modifier = modifier_rank
         self._whole_units: list[Unit] = []
@@ -181,7 +180,7 @@ def whole_values(state: dict[str, Any], *, keep: bool) -> dict[str, Any] | None:
     copies: dict[int, Tensor] = {}
     whole = {}
     for name, value in state.items():
-        if isinstance(value, ShardedParameter) and not value.ds_persist:
+        if is_zero_param(value) and not value.ds_persist:
             if id(value) not in copies:
                 copies[id(value)] = _copy_of(value.ds_slot, keep=keep)
             whole[name] = copies[id(value)]

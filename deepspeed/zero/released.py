@@ -12,6 +12,7 @@ inside a forward the unit is gathered for it, elsewhere it is refused with the n
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from functools import cache
@@ -26,6 +27,7 @@ from deepspeed.zero.slot import Slot
 if TYPE_CHECKING:
     from deepspeed.zero.unit import Unit
 
+MAKE_PARAMETER = nn.Parameter.__new__.__code__
 PLAIN, WHOLE, RELEASED = "plain", "whole", "released"
 
 
@@ -81,6 +83,15 @@ class ShardedParameter:
     def ds_persist(self) -> bool:
         """Whether it stays whole between uses."""
         return not self.ds_slot.unit.sharding.releases
+
+    def detach(self) -> Tensor:
+        """Detach as usual. ``nn.Parameter(param)`` gets a copy: the values here go when the unit is released, and
+        the class stays, because ``nn.Parameter`` insists on it."""
+        if torch.compiler.is_compiling() or sys._getframe(1).f_code is not MAKE_PARAMETER:
+            return super().detach()  # type: ignore[misc,no-any-return]
+        if isinstance(self, ReleasedParameter):
+            raise _refusal([self], "nn.Parameter")
+        return super().detach().clone().as_subclass(type(self))  # type: ignore[misc,no-any-return]
 
     def partition_numel(self) -> int:
         """Elements that each rank would hold of it alone, padding included."""

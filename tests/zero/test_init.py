@@ -93,6 +93,40 @@ def test_initialisers_see_whole_tensors_and_the_first_rank_decides():
     run_on_ranks(2, sees_whole_tensors)
 
 
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        conv = nn.Conv1d(4, 4, 3, padding=1)
+        with GatheredParameters(conv.weight, modifier_rank=0):
+            self.conv = nn.utils.parametrizations.weight_norm(conv, name="weight", dim=2)
+        for param in (
+            self.conv.parametrizations.weight.original0,
+            self.conv.parametrizations.weight.original1,
+        ):
+            deepspeed.zero.register_external_parameter(self, param)
+
+    def forward(self, inputs):
+        return self.conv(inputs)
+
+
+def weight_norm_of_what_is_gathered():
+    config = config_for(3, "fp32", 1, 0.5)
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = Normed()
+    plain = whole_copy(model)
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    inputs = torch.linspace(-1, 1, 40).view(2, 4, 5)
+    torch.testing.assert_close(engine(inputs), plain(inputs))
+    loss = engine(inputs).square().mean()
+    engine.backward(loss)
+    engine.step()
+    assert engine(inputs).square().mean() < loss
+
+
+def test_weight_norm_is_registered_on_gathered_parameters():
+    run_on_ranks(2, weight_norm_of_what_is_gathered)
+
+
 def takes_dtype_and_module():
     with deepspeed.zero.Init(dtype=torch.float16):
         assert nn.Linear(2, 2).weight.dtype is torch.float16
