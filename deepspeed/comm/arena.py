@@ -25,13 +25,17 @@ from deepspeed.comm.collectives import all_reduce
 from deepspeed.comm.links import PAGE, Links, links_of
 from deepspeed.errors import CommunicationError
 
+SEGMENT = 2**28
+"""Bytes mapped at a time; what nobody has written to takes no memory."""
+
 
 class Arena:
     """This rank's memory for others to read, and the descriptors of theirs."""
 
     def __init__(self, links: Links, group: Any) -> None:
         self._group = group
-        self._end = 0
+        self._segment: mmap.mmap | None = None  # a mapping keeps a descriptor open, so blocks share one
+        self._start = self._used = self._end = 0
         self._descriptor = os.memfd_create("deepspeed-arena", os.MFD_CLOEXEC)
         self._theirs = links.share(self._descriptor)
         weakref.finalize(self, _close, [self._descriptor, *self._theirs.values()])
@@ -39,13 +43,14 @@ class Arena:
     def block(self, nbytes: int) -> Block:
         """Return new zeroed memory; every rank asks for as much."""
         size = max(1, -(-nbytes // PAGE)) * PAGE
-        offset, self._end = self._end, self._end + size
-        os.ftruncate(self._descriptor, self._end)
-        return Block(self, offset, size)
-
-    def map(self, offset: int, size: int) -> mmap.mmap:
-        """Map a range of this rank's memory."""
-        return mmap.mmap(self._descriptor, size, offset=offset)
+        if self._segment is None or self._used + size > len(self._segment):
+            self._start, self._used = self._end, 0
+            self._end += max(size, SEGMENT)
+            os.ftruncate(self._descriptor, self._end)
+            self._segment = mmap.mmap(self._descriptor, self._end - self._start, offset=self._start)
+        block = Block(self, self._segment, self._used, self._start + self._used, size)
+        self._used += size
+        return block
 
     def read(self, rank: int, offset: int, target: Tensor) -> None:
         """Fill `target` (contiguous) from the memory of `rank` in the group."""
@@ -66,23 +71,24 @@ class Arena:
 class Block:
     """A range of an arena; the same range on every rank holds that rank's part."""
 
-    def __init__(self, arena: Arena, offset: int, size: int) -> None:
-        self.arena, self._offset, self._size = arena, offset, size
-        self._mapping: mmap.mmap | None = arena.map(offset, size)
+    def __init__(self, arena: Arena, segment: mmap.mmap, within: int, address: int, size: int) -> None:
+        self.arena = arena
+        self._segment: mmap.mmap | None = segment
+        self._within, self._address, self._size = within, address, size
 
     def view(self, numel: int, dtype: torch.dtype) -> Tensor:
         """View this rank's range from its start."""
-        return torch.frombuffer(self._mapping, dtype=dtype, count=numel)
+        return torch.frombuffer(self._segment, dtype=dtype, count=numel, offset=self._within)
 
     def read(self, rank: int, start: int, target: Tensor) -> None:
         """Fill `target` from the range of `rank`, `start` elements of its dtype into it."""
-        self.arena.read(rank, self._offset + start * target.element_size(), target)
+        self.arena.read(rank, self._address + start * target.element_size(), target)
 
     def give_back(self) -> None:
         """Return this rank's memory to the system; nobody may read or view the block any more."""
-        if self._mapping is not None:
-            self._mapping.madvise(mmap.MADV_REMOVE, 0, self._size)
-            self._mapping = None
+        if self._segment is not None:
+            self._segment.madvise(mmap.MADV_REMOVE, self._within, self._size)
+            self._segment = None
 
 
 def arena_of(group: Any) -> Arena | None:

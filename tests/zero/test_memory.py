@@ -21,6 +21,8 @@ from deepspeed.zero.layout import ALIGN
 BF16, FP32 = 2, 4
 GROWTH = 8 * 2**20  # bytes that an allocator may take for reasons of its own
 
+ROOMS = 4  # descriptors that more shared memory for messages may take
+
 
 def make_engine(model=None, **zero):
     return deepspeed.initialize(model=model or make_toy(), config=config_for(3, "bf16", 1, 0.5, **zero))[0]
@@ -110,7 +112,8 @@ def nothing_grows():
     gc.collect()
     after = (process.memory_info().rss, len(os.listdir("/proc/self/fd")), threading.active_count())
     assert after[0] - before[0] < GROWTH
-    assert after[1:] == before[1:]
+    assert after[1] - before[1] <= ROOMS
+    assert after[2] == before[2]
 
 
 def test_nothing_grows_over_300_steps():
@@ -135,7 +138,20 @@ def everything_comes_back():
     gc.collect()
     after = (process.memory_info().rss, len(os.listdir("/proc/self/fd")), threading.active_count())
     assert after[0] - before[0] < GROWTH
-    assert after[1:] == before[1:]
+    assert after[1] - before[1] <= ROOMS
+    assert after[2] == before[2]
+
+
+def many_parameters():
+    with deepspeed.zero.Init():
+        before = len(os.listdir("/proc/self/fd"))
+        layers = [nn.Linear(3, 3) for _ in range(200)]
+    assert all(layer.weight.ds_numel == 9 for layer in layers)
+    assert len(os.listdir("/proc/self/fd")) - before <= ROOMS
+
+
+def test_parameters_born_sharded_share_descriptors():
+    run_on_ranks(2, many_parameters)
 
 
 def test_twenty_engines_give_everything_back():
