@@ -12,14 +12,11 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-import time
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 from gpt.data import Windows
-from gpt.pace import Pace
-from gpt.progress import progress_for
+from gpt.steps import run_steps
 from torch import Tensor, nn
 
 import deepspeed
@@ -59,7 +56,8 @@ def main() -> int:
     engine, _, loader, _ = deepspeed.initialize(
         model=model, training_data=Windows(data, len(TEXT)), config=CONFIG
     )
-    train(engine, iter(RepeatingLoader(loader)), args.steps)
+    batches = iter(RepeatingLoader(loader))
+    run_steps(engine, batches, args.steps, lambda tokens, _: engine(input_ids=tokens, labels=tokens).loss)
 
     prompt = torch.tensor([list(args.prompt.encode() or b"\n")], device=engine.device)
     sharded = write(engine.module, prompt, args.bytes)
@@ -81,20 +79,6 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=60, help="optimizer steps before (%(default)s)")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     return parser.parse_args()
-
-
-def train(engine: deepspeed.DeepSpeedEngine, batches: Iterator, steps: int) -> None:
-    """Run the steps."""
-    pace = Pace(engine, steps, time.monotonic() + 3600)
-    with progress_for(comm.get_rank()) as progress:
-        for step in range(1, steps + 1):
-            tokens, _ = next(batches)
-            loss = engine(input_ids=tokens, labels=tokens).loss
-            engine.backward(loss)
-            engine.step()
-            pace.saw(loss, tokens.numel())
-            if step == 1 or step % 5 == 0 or step == steps:
-                progress.show(pace.status(step))
 
 
 @torch.no_grad()

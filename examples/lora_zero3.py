@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from gpt.data import Windows
-from gpt.pace import Pace
-from gpt.progress import progress_for
+from gpt.steps import run_steps
 from torch import nn
 
 import deepspeed
@@ -61,7 +59,8 @@ def main() -> None:
     model = peft.get_peft_model(base, adapter)
     data = np.fromfile(__file__, dtype=np.uint8)
     engine, _, loader, _ = deepspeed.initialize(model=model, training_data=Windows(data, SEQ), config=CONFIG)
-    train(engine, iter(RepeatingLoader(loader)), args.steps)
+    batches = iter(RepeatingLoader(loader))
+    run_steps(engine, batches, args.steps, lambda tokens, _: engine(input_ids=tokens, labels=tokens).loss)
     save_adapter(engine.module, Path(args.output))
     engine.destroy()
     comm.destroy_process_group()
@@ -94,20 +93,6 @@ def tiny(architecture: str) -> transformers.PretrainedConfig:
         max_position_embeddings=SEQ,
         **shared,
     )
-
-
-def train(engine: deepspeed.DeepSpeedEngine, batches: Iterator, steps: int) -> None:
-    """Run the steps."""
-    pace = Pace(engine, steps, time.monotonic() + 3600)
-    with progress_for(comm.get_rank()) as progress:
-        for step in range(1, steps + 1):
-            tokens, _ = next(batches)
-            loss = engine(input_ids=tokens, labels=tokens).loss
-            engine.backward(loss)
-            engine.step()
-            pace.saw(loss, tokens.numel())
-            if step == 1 or step % 5 == 0 or step == steps:
-                progress.show(pace.status(step))
 
 
 def save_adapter(model: peft.PeftModel, folder: Path) -> None:

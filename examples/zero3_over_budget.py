@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Iterator
 
 import torch
 from gpt.data import Windows, load_corpus
 from gpt.model import GPT, Shape
-from gpt.pace import Pace
-from gpt.progress import progress_for
+from gpt.steps import run_steps
 
 import deepspeed
 from deepspeed import comm
@@ -51,7 +48,7 @@ def main() -> int:
     need = held(engine) + MOMENTS * sum(unit.master.numel() for unit in engine.optimizer.units)
     fits = need <= args.budget * MIB
     if fits:
-        train(engine, iter(RepeatingLoader(loader)), args.steps)
+        run_steps(engine, iter(RepeatingLoader(loader)), args.steps, engine)
         assert held(engine) == need, f"{held(engine)} bytes are held, {need} were expected"
     if comm.get_rank() == 0:
         say(engine, args.budget, need, fits)
@@ -87,20 +84,6 @@ def held(engine: deepspeed.DeepSpeedEngine) -> int:
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor) and value.dim() > 0]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def train(engine: deepspeed.DeepSpeedEngine, batches: Iterator, steps: int) -> None:
-    """Run the steps; nothing here knows how the model is kept."""
-    pace = Pace(engine, steps, time.monotonic() + 3600)
-    with progress_for(comm.get_rank()) as progress:
-        for step in range(1, steps + 1):
-            tokens, targets = next(batches)
-            loss = engine(tokens, targets)
-            engine.backward(loss)
-            engine.step()
-            pace.saw(loss, tokens.numel())
-            if step == 1 or step % 5 == 0 or step == steps:
-                progress.show(pace.status(step))
 
 
 def say(engine: deepspeed.DeepSpeedEngine, budget: float, need: int, fits: bool) -> None:

@@ -356,13 +356,12 @@ class DeepSpeedEngine(WeightSaving, MemoryControl, EngineAccessors):
         under ``zero.GatheredParameters`` or given to another engine.
         """
         self._watch_hook.remove()
-        if self._zero is not None:
-            self._zero.detach()
+        owner = self._zero or self._gatherer  # the first detaches the other too
+        if owner is not None:
+            owner.detach()
         for feature in self._features:
             feature.close()
         self._features = []
-        if self._gatherer is not None:
-            self._gatherer.detach()
         self.optimizer = self._zero = self._reducer = self._gatherer = self.lr_scheduler = None
 
     def _training_parts(self, call: str) -> tuple[Any, Any]:

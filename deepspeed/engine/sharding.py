@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from deepspeed.comm.arena import Arena, arena_of
 from deepspeed.config import DeepSpeedConfig
 from deepspeed.engine.optimizers import leaf_kind
 from deepspeed.errors import ConfigError
@@ -19,7 +18,7 @@ from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.partition import UnitPlan, make_units
 from deepspeed.zero.slot import slot_of, trained_slot
 from deepspeed.zero.stage import RankGroup, Sharding, sharding_for_stage
-from deepspeed.zero.unit import Unit
+from deepspeed.zero.unit import Unit, arena_for
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def choose_sharding(settings: DeepSpeedConfig, data_parallel: RankGroup) -> Shar
     return sharding_for_stage(
         int(zero.stage),
         data_parallel,
-        mics_size=zero.mics_shard_size if zero.mics_shard_size > 0 else None,
+        mics_size=zero.mics_shard_size,
         hpz_size=zero.zero_hpz_partition_size,
     )
 
@@ -73,7 +72,7 @@ def shard_module(
         [pair for pair in named if id(pair[1]) in group_index or _is_laid_out(pair[1], sharding)],
         _plan(module, settings, policy, sharding, device, whole_parameters),
         group_index=group_index,
-        arena=_arena(sharding, device),
+        arena=arena_for(sharding, device),
         meter=meter,
     )
     gatherer = None
@@ -85,13 +84,6 @@ def shard_module(
 
 def _is_laid_out(param: nn.Parameter, sharding: Sharding) -> bool:
     return sharding.marks_parameters or slot_of(param) is not None
-
-
-def _arena(sharding: Sharding, device: torch.device) -> Arena | None:
-    """Let ranks of one host read each other's shards; see note [Reading without asking]."""
-    if not sharding.releases or device.type != "cpu":
-        return None
-    return arena_of(sharding.hold_group.process_group)
 
 
 def _plan(

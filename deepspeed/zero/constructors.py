@@ -31,8 +31,8 @@ def patch_tensors(
 
 def patch_modules(around: Callable[[nn.Module, Callable[[], None]], None]) -> None:
     """Let ``around(module, construct)`` run every module's constructor, of classes made in the block too."""
-    for cls in {nn.Module, *_subclasses(nn.Module)}:
-        if "__init__" in cls.__dict__ and cls is not nn.Module:
+    for cls in {*_subclasses(nn.Module)}:
+        if "__init__" in cls.__dict__:
             _wrap_class(cls, around)
     module: Any = nn.Module
 

@@ -66,7 +66,7 @@ class GatheredParameters:
                 for slot in alone:
                     unit.show(slot.index)
                 self._alone += alone
-        self._before = self._fingerprints() if self._modifier is None else []
+        self._before = {id(one): _fingerprint(one) for one in self._params} if self._must_compare else {}
         return self
 
     def __exit__(self, kind: Any, *error: Any) -> None:
@@ -95,13 +95,18 @@ class GatheredParameters:
             self._whole_units.remove(unit)
         if resized:
             self._params = [one for one in self._params if slot_of(one) is not None]
-            self._before = self._before and self._fingerprints()
 
     def _by_unit(self) -> dict[Unit, list[Any]]:
         units: dict[Unit, list[Any]] = {}
         for param in self._params:
             units.setdefault(param.ds_slot.unit, []).append(param)
         return units
+
+    @property
+    def _must_compare(self) -> bool:
+        """Whether changes are to be found out: nobody decides, and there is somebody to disagree with."""
+        alone = not self._params or self._params[0].ds_slot.unit.sharding.everyone.size == 1
+        return self._modifier is None and not alone
 
     @torch.no_grad()
     def _keep_changes(self) -> None:
@@ -114,8 +119,9 @@ class GatheredParameters:
                 changed = self._changed_anywhere(everyone)
             for param in changed:
                 self._agree(param, everyone)
+        kept = {id(param) for param in changed}
         for unit, params in self._by_unit().items():
-            mine = [param for param in params if any(param is one for one in changed)]
+            mine = [param for param in params if id(param) in kept]
             if mine:
                 with unit.changing():
                     for param in mine:
@@ -124,14 +130,10 @@ class GatheredParameters:
 
     def _changed_anywhere(self, everyone: RankGroup) -> list[Any]:
         """Find the parameters that some rank has changed."""
-        pairs = zip(self._before, self._fingerprints(), strict=True)
-        flags = torch.stack([(before != after).any() for before, after in pairs]).float()
+        changed = [(self._before[id(one)] != _fingerprint(one)).any() for one in self._params]
+        flags = torch.stack(changed).float()
         comm.all_reduce(flags, op=dist.ReduceOp.MAX, group=everyone.process_group)
         return [param for param, flag in zip(self._params, flags.tolist(), strict=True) if flag]
-
-    def _fingerprints(self) -> list[Tensor]:
-        """Return, for each parameter, what changes when it does: by its name, or through ``.data``."""
-        return [_fingerprint(param) for param in self._params]
 
     def _agree(self, param: Any, everyone: RankGroup) -> None:
         """Take the modifier's values, or make sure that all ranks have the same."""
@@ -158,6 +160,7 @@ def _check_size(param: Any) -> None:
 
 
 def _fingerprint(param: Any) -> Tensor:
+    """Return what changes when a parameter does: by its name, or through ``.data``."""
     bits = (
         param.detach()
         .contiguous()

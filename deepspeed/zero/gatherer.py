@@ -48,7 +48,7 @@ from deepspeed.zero import external
 from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.order import UseOrder
 from deepspeed.zero.slot import slot_of
-from deepspeed.zero.unit import Unit
+from deepspeed.zero.unit import Unit, refuse
 
 STALE = 2
 """Units that backward went through last and that stay gathered, although gradients are missing."""
@@ -148,7 +148,7 @@ class Gatherer:
         self.forward_hooks = []
         self.release_all()
         for unit in self.units:
-            unit.demand = _nobody
+            unit.demand = refuse
 
     # -- forward ----------------------------------------------------------------------------------
 
@@ -330,12 +330,12 @@ class Gatherer:
 
     def _bring(self, unit: Unit) -> None:
         """Make a unit whole, and begin to gather those expected after it."""
-        self._order.used(unit, _running_task() > 0)
+        is_new = self._order.used(unit, _running_task() > 0)
         if not unit.is_whole:
             if not unit.is_gathering:
                 self._make_room(unit)
             unit.bring()
-        if not unit.reads_alone:
+        if is_new and not unit.reads_alone:
             self._prefetch()
 
     def _prefetch(self) -> None:
@@ -457,10 +457,6 @@ def _top_hooks() -> Any:
 def _top_hooks_are_of(gatherer: Gatherer) -> bool:
     hooks = _top_hooks()
     return hooks is not None and getattr(hooks[0], "gatherer", None) is gatherer
-
-
-def _nobody(_unit: Unit) -> None:
-    """Whom a unit asks once its gatherer is gone."""
 
 
 def _gone() -> None:

@@ -21,7 +21,6 @@ from torch import nn
 
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
-from deepspeed.comm.arena import Arena, arena_of
 from deepspeed.config import read_config
 from deepspeed.errors import ConfigError, NotBuiltError
 from deepspeed.precision.policy import PrecisionPolicy
@@ -31,7 +30,7 @@ from deepspeed.zero.layout import even_layout
 from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.slot import slot_of
 from deepspeed.zero.stage import RankGroup, Sharding, sharding_for_stage
-from deepspeed.zero.unit import Unit
+from deepspeed.zero.unit import Unit, arena_for, refuse
 
 TRIM_EVERY = 32 * 2**20
 """Bytes of parameters made on the host after which the heap's holes, left by whole ones, go back to the system."""
@@ -101,17 +100,14 @@ class Init:
             group = mpu.get_data_parallel_group()
         source = config_dict_or_path if config_dict_or_path is not None else config
         self._dtype = dtype
-        mics, hpz = None, 1
+        sizes = {}
         if source is not None:
             settings = read_config(source, bf16_supported=get_accelerator().is_bf16_supported())
             zero = settings.zero_optimization
-            mics, hpz = (
-                zero.mics_shard_size if zero.mics_shard_size > 0 else None,
-                zero.zero_hpz_partition_size,
-            )
+            sizes = {"mics_size": zero.mics_shard_size, "hpz_size": zero.zero_hpz_partition_size}
             if dtype is None and (settings.fp16.enabled or settings.bf16.enabled):
                 self._dtype = torch.float16 if settings.fp16.enabled else torch.bfloat16
-        self._sharding = sharding_for_stage(3, RankGroup.of(group), mics_size=mics, hpz_size=hpz)
+        self._sharding = sharding_for_stage(3, RankGroup.of(group), **sizes)
         if module is not None:
             Construction(self._sharding, self._dtype).shard_all(module)
 
@@ -133,10 +129,7 @@ class Construction:
     def __init__(self, sharding: Sharding, dtype: torch.dtype | None) -> None:
         self._sharding, self._dtype = sharding, dtype
         self._device = torch.device(get_accelerator().current_device_name())
-        hold = sharding.hold_group
-        self._arena: Arena | None = None
-        if hold.size > 1 and self._device.type == "cpu":
-            self._arena = arena_of(hold.process_group)
+        self._arena = arena_for(sharding, self._device)
         self._meter = GatherMeter()
         self._under_way: list[nn.Module] = []
         self._units: list[Unit] = []
@@ -152,7 +145,7 @@ class Construction:
         """Take the wrappers off."""
         constructors.unpatch()
         for unit in self._units:
-            unit.demand = _nobody
+            unit.demand = refuse
 
     def _around(self, module: nn.Module, construct: Callable[[], None]) -> None:
         """Run a constructor; shard what it made when the outermost one for this module returns."""
@@ -169,7 +162,7 @@ class Construction:
         """Shard a finished module."""
         self._shard("", module.named_parameters())
         for unit in self._units:
-            unit.demand = _nobody
+            unit.demand = refuse
 
     def _shard(self, prefix: str, named: Iterator[tuple[str, nn.Parameter]]) -> None:
         for name, param in list(named):
@@ -205,10 +198,6 @@ def _tensor_wrapper() -> Callable[..., Any]:
 
 def _first_rank_decides(unit: Unit) -> GatheredParameters:
     return GatheredParameters(unit.params, modifier_rank=unit.sharding.everyone.first_rank)
-
-
-def _nobody(_unit: Unit) -> None:
-    """Whom a unit asks once the context is over."""
 
 
 def _refuse_unbuilt(remote_device: str | None, param_swapper: Any, quantised: bool) -> None:

@@ -32,16 +32,17 @@ class UseOrder:
         self._seen = []
         self._next = 0
 
-    def used(self, unit: Unit, in_backward: bool) -> None:
-        """Note a use; several in a row are one."""
+    def used(self, unit: Unit, in_backward: bool) -> bool:
+        """Note a use; return whether it is a new one: several in a row are one."""
         use = (unit, in_backward)
         if self._seen and self._seen[-1] == use:
-            return
+            return False
         self._seen.append(use)
         for position in range(self._next, len(self._expected)):
             if self._expected[position] == use:
                 self._next = position + 1
-                return
+                break
+        return True
 
     def upcoming(self) -> Iterator[Unit]:
         """Yield the units expected next, a unit for each of its uses."""

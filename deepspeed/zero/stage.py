@@ -83,14 +83,14 @@ class Sharding:
 
 
 def sharding_for_stage(
-    stage: int, data_parallel: RankGroup, *, mics_size: int | None = None, hpz_size: int = 1
+    stage: int, data_parallel: RankGroup, *, mics_size: int = -1, hpz_size: int = 1
 ) -> Sharding:
     """Turn a stage (0 to 3) into its meaning over the data-parallel ranks.
 
     Args:
         stage: of ZeRO.
         data_parallel: ranks that share the batch.
-        mics_size: ranks that share one copy of everything (stage 3); None: all.
+        mics_size: ranks that share one copy of everything (stage 3); below 1: all.
         hpz_size: ranks that share one copy of the parameters (stage 3); 1: all.
 
     Raises:
@@ -101,13 +101,13 @@ def sharding_for_stage(
         return Sharding(me, world, me, me, world, reduce_every_backward=False)
     if stage < 3:
         return Sharding(world, me, me, world, world, reduce_every_backward=stage == 2)
-    if mics_size is not None and hpz_size > 1:
+    if mics_size > 0 and hpz_size > 1:
         raise ConfigError(
             f"zero_optimization.zero_hpz_partition_size: expected 1 beside mics_shard_size {mics_size}, got "
             f"{hpz_size}; both choose the ranks that share a copy of the parameters, so set one of them"
         )
     shard, replica, hold, spread = world, me, world, me
-    if mics_size is not None:
+    if mics_size > 0:
         shard, replica = _split(world, mics_size, "zero_optimization.mics_shard_size")
         hold = shard
     elif hpz_size > 1:

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepspeed import comm
-from deepspeed.comm.arena import Arena, Block
+from deepspeed.comm.arena import Arena, Block, arena_of
 from deepspeed.errors import UsageError
 from deepspeed.precision.policy import ParamDtypes
 from deepspeed.zero.layout import Layout, Piece
@@ -93,7 +93,7 @@ class Unit:
         self.users = self.updates = 0
         self.is_whole = self.is_open = True
         self.first_id = _numbers(len(named))
-        self.demand: Demand = _refuse
+        self.demand: Demand = refuse
         self.may_resize = False
         self._meter = meter or GatherMeter()
         self._block: Block | None = None
@@ -122,17 +122,17 @@ class Unit:
         for param in self.params[1:]:
             dtype = torch.promote_types(dtype, param.dtype)
         given = torch.zeros(self.layout.total, dtype=dtype, device=device)
-        released = []
+        everyone_has = True  # each value is read from where all ranks keep it
         with torch.no_grad():
             for param, view in zip(self.params, self.views(given), strict=True):
                 slot = slot_of(param)
                 if slot is None or slot.unit.is_open:
                     view.copy_(param)
+                    everyone_has = False
                 else:
                     slot.unit.read(slot.index, view)
-                    released.append(slot)
         for group in (self.sharding.shard_group, self.sharding.replica_group):
-            if group.size > 1 and len(released) < len(self.params):
+            if group.size > 1 and not everyone_has:
                 comm.broadcast(given, src=group.first_rank, group=group.process_group)
         return given
 
@@ -219,14 +219,14 @@ class Unit:
         self._storage.resize_(self.layout.total * self.flat.element_size())
         self._meter.gathered(self.layout.total, self.flat.element_size())
         rows = self.flat.view(-1, near.size, chunk)
-        for row, own in zip(rows, self.held, strict=True):
-            if self._block is None:
-                self._work.append(
-                    comm.all_gather_single(row.view(-1), own, group=near.process_group, async_op=True)
-                )
         if self._block is not None:
             self._read_rows(rows, self._block)
             self.is_whole = True
+            return
+        self._work = [
+            comm.all_gather_single(row.view(-1), own, group=near.process_group, async_op=True)
+            for row, own in zip(rows, self.held, strict=True)
+        ]
 
     def _read_rows(self, rows: Tensor, block: Block) -> None:
         near, chunk = self.sharding.hold_group, self.layout.chunk
@@ -305,7 +305,7 @@ class Unit:
         out.copy_(whole.view(out.shape))
 
     def show(self, index: int) -> None:
-        """Make one parameter whole, in memory of its own, until `hide`; nothing where it is whole already."""
+        """Make one parameter whole, in memory of its own, until `hide`."""
         param = self.params[index]
         value = torch.empty(param.shape, dtype=self.flat.dtype, device=self.flat.device)
         self.read(index, value)
@@ -415,10 +415,17 @@ class Unit:
         return work
 
 
+def arena_for(sharding: Sharding, device: torch.device) -> Arena | None:
+    """Let ranks of one host read each other's shards; see note [Reading without asking]."""
+    if not sharding.releases or device.type != "cpu":
+        return None
+    return arena_of(sharding.hold_group.process_group)
+
+
 def _numbers(count: int) -> int:
     """Take `count` numbers that follow each other; return the first."""
     return min(next(_IDS) for _ in range(count))
 
 
-def _refuse(_unit: Unit) -> None:
-    """Give nobody a released parameter."""
+def refuse(_unit: Unit) -> None:
+    """Give nobody a released parameter: what a unit does while nobody gathers it on demand."""

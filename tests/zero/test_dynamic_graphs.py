@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from collectives import gathers_are_collectives
 from harness import run_on_ranks
 from torch import Tensor, nn
 from twins import Twins, data, seeded
@@ -239,7 +240,7 @@ class Experts(nn.Module):
 
 
 def experts(stage, zero, by_collectives):
-    with no_arena() if by_collectives else nullcontext():
+    with gathers_are_collectives() if by_collectives else nullcontext():
         twins = Twins(seeded(8, Experts), stage=stage, lr=0.02, **zero)
         for step in range(4):
             twins.step(lambda model, rank, at=step: model(data(rank, at, (1 + rank, WIDTH))).square().mean())
@@ -256,22 +257,6 @@ def test_experts_that_ranks_choose_differently(stage):
 @pytest.mark.parametrize("zero", LIMITS[:2], ids=str)
 def test_experts_that_ranks_choose_differently_where_gathers_are_collectives(zero):
     run_on_ranks(2, experts, 3, zero, True)
-
-
-class no_arena:
-    """Context in which ranks cannot read each other's memory."""
-
-    def __enter__(self) -> None:
-        import deepspeed.zero.init
-
-        self.modules = [deepspeed.engine.sharding, deepspeed.zero.init]
-        self.before = [module.arena_of for module in self.modules]
-        for module in self.modules:
-            module.arena_of = lambda group: None
-
-    def __exit__(self, *error) -> None:
-        for module, before in zip(self.modules, self.before, strict=True):
-            module.arena_of = before
 
 
 # -- weights used from elsewhere ------------------------------------------------------------------

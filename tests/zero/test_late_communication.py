@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from collectives import gathers_are_collectives
 from harness import run_on_ranks
 from torch import Tensor
 from toys import make_toy, toy_batch, toy_loss
 
 import deepspeed
-import deepspeed.engine.sharding
 from deepspeed import comm
 
 
@@ -65,16 +65,6 @@ def late_communication(seed: int):
     finally:
         for name, call in calls.items():
             setattr(comm, name, call)
-
-
-@contextmanager
-def gathers_are_collectives():
-    before = deepspeed.engine.sharding.arena_of
-    deepspeed.engine.sharding.arena_of = lambda group: None
-    try:
-        yield
-    finally:
-        deepspeed.engine.sharding.arena_of = before
 
 
 def train(stage: int, precision: dict, model: dict, zero: dict) -> list[Tensor]:

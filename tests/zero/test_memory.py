@@ -99,21 +99,27 @@ def test_what_is_soon_used_again_is_gathered_once(reuse):
     run_on_ranks(2, gathers_of_a_step, reuse)
 
 
-def nothing_grows():
-    engine = make_engine()
-    process = psutil.Process()
-    for step in range(40):
-        train(engine, step)
+def resources():
     gc.collect()
-    before = (process.memory_info().rss, len(os.listdir("/proc/self/fd")), threading.active_count())
-    for step in range(300):
-        train(engine, step)
-        assert engine.memory_report().gathered == 0
-    gc.collect()
-    after = (process.memory_info().rss, len(os.listdir("/proc/self/fd")), threading.active_count())
+    return psutil.Process().memory_info().rss, len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+def assert_no_growth(before):
+    after = resources()
     assert after[0] - before[0] < GROWTH
     assert after[1] - before[1] <= ROOMS
     assert after[2] == before[2]
+
+
+def nothing_grows():
+    engine = make_engine()
+    for step in range(40):
+        train(engine, step)
+    before = resources()
+    for step in range(300):
+        train(engine, step)
+        assert engine.memory_report().gathered == 0
+    assert_no_growth(before)
 
 
 def test_nothing_grows_over_300_steps():
@@ -128,18 +134,12 @@ def everything_comes_back():
         train(engine, step)
         engine.destroy()
 
-    process = psutil.Process()
     for step in range(5):
         once(step)
-    gc.collect()
-    before = (process.memory_info().rss, len(os.listdir("/proc/self/fd")), threading.active_count())
+    before = resources()
     for step in range(20):
         once(step)
-    gc.collect()
-    after = (process.memory_info().rss, len(os.listdir("/proc/self/fd")), threading.active_count())
-    assert after[0] - before[0] < GROWTH
-    assert after[1] - before[1] <= ROOMS
-    assert after[2] == before[2]
+    assert_no_growth(before)
 
 
 def many_parameters():
