@@ -42,6 +42,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from deepspeed.common.logging import warn_once
 from deepspeed.common.nested import tensors_in
 from deepspeed.errors import UsageError
 from deepspeed.zero import external
@@ -86,6 +87,12 @@ class SavedView:
     view: Tensor
     updates: int
 
+    def __post_init__(self) -> None:
+        self.unit.memory.guarded += 1
+
+    def __del__(self) -> None:
+        self.unit.memory.guarded -= 1
+
 
 class Gatherer:
     """Gather units when they are used and release them afterwards.
@@ -104,7 +111,7 @@ class Gatherer:
         self.units = [unit for unit in units if unit.sharding.releases]
         self.limits = limits
         self.meter = meter
-        self._by_storage = {unit.key: unit for unit in self.units}
+        self._by_storage = {unit.memory.key: unit for unit in self.units}
         self._orders = {True: UseOrder(), False: UseOrder()}  # of passes with gradients, and without
         self._training = False
         self._frames: list[Frame] = []
@@ -254,6 +261,8 @@ class Gatherer:
         def pack(tensor: Tensor) -> Any:
             unit = self._by_storage.get(tensor.untyped_storage()._cdata)
             if unit is not None:
+                if unit.shown != unit.updates:
+                    raise _outdated(unit)
                 return SavedView(unit, tensor.detach(), unit.updates)
             return tensor if pack_below is None else pack_below(tensor)
 
@@ -294,7 +303,7 @@ class Gatherer:
 
     def gradients_arrived(self, unit: Unit) -> None:
         """Release a unit whose parameters all have their gradients: nothing in this backward needs it."""
-        if unit.key in self._by_storage:
+        if unit.memory.key in self._by_storage:
             self._release_in_backward(unit)
 
     def _release_in_backward(self, unit: Unit) -> None:
@@ -384,6 +393,12 @@ class Gatherer:
         for task in list(self._read):
             self._end_reading(task)
         self.release_all()
+        for unit in self.units:
+            if unit.memory.is_viewed:
+                warn_once(
+                    f"{unit.names[0]}: a view of its values is kept (param.data, weight.t(), ...), so they stay in "
+                    "memory and in the view as they were then (ZeRO stage 3); keep a clone(), or drop the view"
+                )
 
 
 class _Enter:
@@ -443,6 +458,13 @@ def _common(paths: list[list[str]]) -> str:
             break
         shared.append(parts[0])
     return ".".join(shared)
+
+
+def _outdated(unit: Unit) -> UsageError:
+    return UsageError(
+        f"{unit.names[0]}: a view of it that was kept from an earlier forward is used again, and has the values of "
+        "then (ZeRO stage 3); make the view anew in each forward"
+    )
 
 
 def _running_task() -> int:

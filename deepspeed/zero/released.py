@@ -159,7 +159,13 @@ class Alias(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             alias = source.detach().as_subclass(cls)
         alias.ds_slot = source.ds_slot  # type: ignore[attr-defined]
+        alias.ds_slot.unit.memory.guarded += 1
         return alias
+
+    def __del__(self) -> None:
+        slot = self.__dict__.get("ds_slot")
+        if slot is not None:
+            slot.unit.memory.guarded -= 1
 
     @classmethod
     def __torch_function__(

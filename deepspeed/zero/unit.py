@@ -7,12 +7,7 @@ mine     [   ......    ]                                       my shard, a view 
 master   [   ......    ]                                       my shard in the master dtype; `mine` itself
                                                                where the dtypes are equal
 
-Note [Memory that comes and goes]
-Where a unit is released between uses, the storage of its flat is resized to nothing and back. The parameters
-stay views of it and keep their shapes, and so do the views that autograd has saved: gathering the unit again
-brings all of them back to life. What reads a released view would read freed memory, so nothing may: a
-released parameter is of a class that says so (released.py), and what autograd saved is handed out only after
-its unit was gathered (gatherer.py).
+The memory of a flat comes and goes where a unit is released between uses (memory.py).
 
 Note [Resting]
 A unit whose values are kept for a later use, or brought for a backward function, may be released at any time.
@@ -35,6 +30,7 @@ from deepspeed.comm.arena import Arena, Block, arena_of
 from deepspeed.errors import UsageError
 from deepspeed.precision.policy import ParamDtypes
 from deepspeed.zero.layout import Layout, Piece
+from deepspeed.zero.memory import FlatMemory
 from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.released import PLAIN, RELEASED, WHOLE, set_class
 from deepspeed.zero.slot import Slot, slot_of
@@ -69,6 +65,8 @@ class Unit:
         is_open: whether the parameters may be read by their names; see note [Resting].
         first_id: number of the first parameter; the others follow.
         updates: how often the values have changed.
+        shown: `updates` of the values that the flat has, or had last.
+        memory: of the flat.
         may_resize: whether its one parameter may take another size: no engine has laid it out yet.
         demand: asked when a released parameter is used; gives a context in which it is whole, or None.
     """
@@ -90,19 +88,17 @@ class Unit:
         self.layout = layout
         self.sharding = sharding
         self.dtypes = dtypes
-        self.users = self.updates = 0
+        self.users = self.updates = self.shown = 0
         self.is_whole = self.is_open = True
         self.first_id = _numbers(len(named))
         self.demand: Demand = refuse
         self.may_resize = False
-        self._meter = meter or GatherMeter()
         self._block: Block | None = None
         self._work: list[dist.Work] = []
         self._here = len(self.params)
         self._apart: set[int] = set()
         given = self._given_values(device)
         self.flat = given.to(dtypes.storage)
-        self._storage = self.flat.untyped_storage()
         self.held = self._hold(arena)
         self.mine = self.held[sharding.spread_group.rank]
         self.master = self.mine
@@ -110,9 +106,11 @@ class Unit:
             chunk, rank = layout.chunk, sharding.shard_group.rank
             self.master = given[rank * chunk : (rank + 1) * chunk].to(dtypes.master, copy=True)
         self._views = self.views(self.flat)
+        meter = meter or GatherMeter()
+        self.memory = FlatMemory(self.flat, meter)
         self._move_parameters()
         if sharding.releases:
-            self._meter.gathered(layout.total, dtypes.storage.itemsize)
+            meter.gathered(layout.total, dtypes.storage.itemsize)
             self.settle()
             self.release()
 
@@ -154,6 +152,7 @@ class Unit:
             param.grad = None
             set_class(param, WHOLE if self.sharding.marks_parameters else PLAIN)
             param.data = view
+            self.memory.guarded += 1
             param.ds_slot = Slot(self, index)  # type: ignore[attr-defined]
             if old is not None:
                 old.unit.lose_one()
@@ -162,6 +161,7 @@ class Unit:
     def lose_one(self) -> None:
         """Take note that a parameter has moved to another unit; with the last one the memory goes."""
         self._here -= 1
+        self.memory.guarded -= 1
         if self._here == 0 and self._block is not None:
             self.settle()  # a slower rank may still be reading
             self._block.give_back()
@@ -173,8 +173,7 @@ class Unit:
             del param.ds_slot  # type: ignore[attr-defined]
             self.lose_one()
         if self.sharding.releases:
-            self._storage.resize_(0)
-            self._meter.released(self.layout.total, self.flat.element_size())
+            self.memory.free()
 
     # -- where things lie -------------------------------------------------------------------------
 
@@ -195,11 +194,6 @@ class Unit:
         return self.layout.pieces(self.sharding.shard_group.rank)
 
     @property
-    def key(self) -> int:
-        """What identifies the flat's storage among others."""
-        return int(self._storage._cdata)
-
-    @property
     def reads_alone(self) -> bool:
         """Whether gathering needs nothing of the other ranks."""
         return self._block is not None
@@ -216,8 +210,8 @@ class Unit:
         if self.is_whole or self._work:
             return
         near, chunk = self.sharding.hold_group, self.layout.chunk
-        self._storage.resize_(self.layout.total * self.flat.element_size())
-        self._meter.gathered(self.layout.total, self.flat.element_size())
+        self.memory.bring()
+        self.shown = self.updates
         rows = self.flat.view(-1, near.size, chunk)
         if self._block is not None:
             self._read_rows(rows, self._block)
@@ -270,12 +264,10 @@ class Unit:
             return
         if self._work:
             self.bring()
-        if not self.is_whole:
-            return
-        self.rest()
-        self.is_whole = False
-        self._storage.resize_(0)
-        self._meter.released(self.layout.total, self.flat.element_size())
+        if self.is_whole:
+            self.rest()
+            self.is_whole = False
+        self.memory.free()
 
     def read(self, index: int, out: Tensor) -> None:
         """Fill `out` with one parameter without gathering the unit; a collective, unless `reads_alone`.
@@ -310,6 +302,7 @@ class Unit:
         value = torch.empty(param.shape, dtype=self.flat.dtype, device=self.flat.device)
         self.read(index, value)
         self._apart.add(index)
+        self.memory.guarded -= 1
         set_class(param, WHOLE)
         param.data = value
 
@@ -319,6 +312,7 @@ class Unit:
         self._versions[index] = param._version
         param.data = self._views[index]
         self._apart.discard(index)
+        self.memory.guarded += 1
         set_class(param, WHOLE if self.is_open else RELEASED)
 
     def is_shown(self, index: int) -> bool:
@@ -389,12 +383,16 @@ class Unit:
     def forget_edits(self) -> None:
         """Take edits as taken over already; parameters show the flat again where other memory was put in."""
         for index, param in enumerate(self.params):
-            if self.is_open and index not in self._apart and param.untyped_storage()._cdata != self.key:
+            if (
+                self.is_open
+                and index not in self._apart
+                and param.untyped_storage()._cdata != self.memory.key
+            ):
                 param.data = self._views[index]
         self._versions = [param._version for param in self.params]
 
     def _check_places(self) -> None:
-        key = self.key
+        key = self.memory.key
         for index, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
             if index not in self._apart and param.untyped_storage()._cdata != key:
                 raise UsageError(
