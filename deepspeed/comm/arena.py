@@ -37,7 +37,7 @@ class Arena:
         self._segment: mmap.mmap | None = None  # a mapping keeps a descriptor open, so blocks share one
         self._start = self._used = self._end = 0
         self._descriptor = os.memfd_create("deepspeed-arena", os.MFD_CLOEXEC)
-        self._theirs = links.share(self._descriptor)
+        self._theirs = links.share(self._descriptor, b"arena")
         weakref.finalize(self, _close, [self._descriptor, *self._theirs.values()])
 
     def block(self, nbytes: int) -> Block:
@@ -63,9 +63,9 @@ class Arena:
                 raise CommunicationError(f"rank {rank} of the group has less memory than expected")
             done += count
 
-    def settle(self) -> None:
+    def settle(self, label: str = "") -> None:
         """Wait until every rank has written what it had to write: a collective."""
-        all_reduce(torch.zeros(1), group=self._group)
+        all_reduce(torch.zeros(1), group=self._group, label=label)
 
 
 class Block:

@@ -2,12 +2,14 @@
 
 torch 2.13 renamed ``all_gather_into_tensor`` and ``reduce_scatter_tensor`` to ``all_gather_single`` and
 ``reduce_scatter_single``. Tensors on the CPU in a gloo group take the faster way described in
-note [direct exchange on gloo], whatever they are called.
+note [direct exchange on gloo], whatever they are called. A `label` says what is moved, in errors about ranks
+that do not agree; it is the same on all ranks, and so are the sizes. See note [Same call, same words].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepspeed.comm import direct, shared
+from deepspeed.comm.calls import guarded, words
 from deepspeed.comm.links import Links, links_of
 from deepspeed.comm.log import logged, nbytes, total_nbytes
 from deepspeed.comm.summing import is_reducible
@@ -29,21 +32,29 @@ else:
 
 
 @logged("all_gather_single", lambda output, input, *_, **__: nbytes(output))
-def all_gather_single(output: Tensor, input: Tensor, group: Any = None, async_op: bool = False) -> Any:
+def all_gather_single(
+    output: Tensor, input: Tensor, group: Any = None, async_op: bool = False, label: str = ""
+) -> Any:
     """Fill `output` with every rank's `input`, in rank order.
 
     `output` holds world-size times as many elements as `input`, and may contain it at this rank's place.
     Returns a Work when `async_op`, else None.
     """
+    what = words("all_gather_single", input.numel(), input.dtype, label)
     if not direct.is_direct(group, output, input) or output.dtype != input.dtype:
-        return _torch_all_gather(output, input, group=group, async_op=async_op)
+        return by_torch(what, group, _torch_all_gather, output, input, async_op=async_op)
     chunks = _chunks("all_gather_single", output, input, group)
-    return _complete(_gather(chunks, input.view(-1), group), async_op)
+    return complete(_gather(chunks, input.view(-1), group, what), async_op)
 
 
 @logged("reduce_scatter_single", lambda output, input, *_, **__: nbytes(input))
 def reduce_scatter_single(
-    output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    output: Tensor,
+    input: Tensor,
+    op: Any = dist.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+    label: str = "",
 ) -> Any:
     """Reduce every rank's `input` and leave this rank's chunk of the result in `output`.
 
@@ -51,42 +62,49 @@ def reduce_scatter_single(
     `input`, and may have another dtype (fp32 for 16-bit input keeps the sum unrounded on CPU ranks).
     Returns a Work when `async_op`, else None.
     """
+    what = words("reduce_scatter_single", input.numel(), input.dtype, label)
     if not direct.is_direct(group, output, input) or not is_reducible(input.dtype, op):
-        return _reduce_scatter_by_torch(output, input, op, group, async_op)
+        return _reduce_scatter_by_torch(output, input, op, group, async_op, what)
     chunks = _chunks("reduce_scatter_single", input, output, group)
-    return _complete(_reduce(output.view(-1), chunks, op, group, async_op), async_op)
+    return complete(_reduce(output.view(-1), chunks, op, group, async_op, what), async_op)
 
 
 @logged("all_reduce", lambda tensor, *_, **__: nbytes(tensor))
-def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+def all_reduce(
+    tensor: Tensor,
+    op: Any = dist.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+    label: str = "",
+) -> Any:
     """Reduce `tensor` over the ranks of `group`, in place; returns a Work when `async_op`, else None."""
-    links = _links_for(tensor, op, group)
+    links, what = _links_for(tensor, op, group), words("all_reduce", tensor.numel(), tensor.dtype, label)
     if links is not None and tensor.numel() <= shared.SMALL:
-        return _complete(shared.SumWhole(links, tensor.view(-1), op), async_op)
-    return dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
+        return complete(shared.SumWhole(links, tensor.view(-1), op, what), async_op)
+    return by_torch(what, group, dist.all_reduce, tensor, op=op, async_op=async_op)
 
 
 @logged("all_reduce", lambda tensor, *_, **__: nbytes(tensor))
-def start_all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> Any:
+def start_all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, label: str = "") -> Any:
     """Start to reduce `tensor` over the ranks of `group`, in place, and return a Work.
 
     Faster than an asynchronous `all_reduce` between ranks of one host, for callers that keep a stricter
     rule: waiting counts as a collective, so all ranks start and wait in the same order.
     """
-    links = _links_for(tensor, op, group)
+    links, what = _links_for(tensor, op, group), words("all_reduce", tensor.numel(), tensor.dtype, label)
     if links is None:
-        return dist.all_reduce(tensor, op=op, group=group, async_op=True)
+        return by_torch(what, group, dist.all_reduce, tensor, op=op, async_op=True)
     kind = shared.SumWhole if tensor.numel() <= shared.SMALL else shared.ReduceEverywhere
-    return kind(links, tensor.view(-1), op)
+    return kind(links, tensor.view(-1), op, what)
 
 
 @logged("all_gather", lambda outputs, *_, **__: total_nbytes(outputs))
 def all_gather(outputs: Sequence[Tensor], input: Tensor, group: Any = None, async_op: bool = False) -> Any:
     """Fill `outputs`, one tensor per rank, from every rank's `input`."""
     if not direct.is_direct(group, input, *outputs) or any(one.shape != input.shape for one in outputs):
-        return dist.all_gather(list(outputs), input, group=group, async_op=async_op)
-    chunks = [one.view(-1) for one in outputs]
-    return _complete(_gather(chunks, input.view(-1), group), async_op)
+        return by_torch(words("all_gather"), group, dist.all_gather, list(outputs), input, async_op=async_op)
+    chunks, what = [one.view(-1) for one in outputs], words("all_gather", input.numel(), input.dtype)
+    return complete(_gather(chunks, input.view(-1), group, what), async_op)
 
 
 @logged("reduce_scatter", lambda output, inputs, *_, **__: total_nbytes(inputs))
@@ -100,38 +118,64 @@ def reduce_scatter(
     """Reduce `inputs`, one tensor per rank, and leave this rank's in `output`."""
     uneven = any(one.shape != output.shape for one in inputs)
     if uneven or not direct.is_direct(group, output, *inputs) or not is_reducible(output.dtype, op):
-        return dist.reduce_scatter(output, list(inputs), op=op, group=group, async_op=async_op)
-    chunks = [one.view(-1) for one in inputs]
-    return _complete(_reduce(output.view(-1), chunks, op, group, async_op), async_op)
+        what = words("reduce_scatter")
+        return by_torch(what, group, dist.reduce_scatter, output, list(inputs), op=op, async_op=async_op)
+    chunks, what = [one.view(-1) for one in inputs], words("reduce_scatter", output.numel(), output.dtype)
+    return complete(_reduce(output.view(-1), chunks, op, group, async_op, what), async_op)
 
 
 def _links_for(tensor: Tensor, op: Any, group: Any) -> Links | None:
     return links_of(group) if direct.is_direct(group, tensor) and is_reducible(tensor.dtype, op) else None
 
 
-def _gather(chunks: Sequence[Tensor], mine: Tensor, group: Any) -> Any:
-    links = links_of(group)
-    return direct.gather(chunks, mine, group) if links is None else shared.Gather(links, chunks, mine)
+def by_torch(what: bytes, group: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a collective of torch's over all ranks of `group`, after telling linked peers that it is due.
+
+    Args:
+        what: its words.
+        group: of ranks.
+        function: torch's; gets `group` too.
+        args: its arguments; peers are told where the first one is a tensor on the host.
+        kwargs: more of them.
+    """
+    tensor = next((one for one in args if isinstance(one, Tensor)), None)
+    links = links_of(group) if tensor is not None and direct.is_on_host(group, tensor) else None
+    if links is not None:
+        links.note(what)
+    start = partial(function, *args, group=group, **kwargs)
+    return guarded(what, start, None if links is None else links.drain)
 
 
-def _reduce(output: Tensor, chunks: Sequence[Tensor], op: Any, group: Any, async_op: bool) -> Any:
+def _gather(chunks: Sequence[Tensor], mine: Tensor, group: Any, what: bytes) -> Any:
     links = links_of(group)
     if links is None:
-        return direct.ReduceWork(output, chunks, op, group, at_once=async_op)
-    return shared.Reduce(links, output, chunks, op)
+        return direct.gather(chunks, mine, group, what)
+    return shared.Gather(links, chunks, mine, what)
 
 
-def _reduce_scatter_by_torch(output: Tensor, input: Tensor, op: Any, group: Any, async_op: bool) -> Any:
-    if output.dtype == input.dtype:
-        return _torch_reduce_scatter(output, input, op=op, group=group, async_op=async_op)
-    received = torch.empty_like(output, dtype=input.dtype)
-    work = _torch_reduce_scatter(received, input, op=op, group=group, async_op=async_op)
+def _reduce(
+    output: Tensor, chunks: Sequence[Tensor], op: Any, group: Any, async_op: bool, what: bytes
+) -> Any:
+    links = links_of(group)
+    if links is None:
+        return direct.ReduceWork(output, chunks, op, group, at_once=async_op, what=what)
+    return shared.Reduce(links, output, chunks, op, what)
+
+
+def _reduce_scatter_by_torch(
+    output: Tensor, input: Tensor, op: Any, group: Any, async_op: bool, what: bytes
+) -> Any:
+    same = output.dtype == input.dtype
+    received = output if same else torch.empty_like(output, dtype=input.dtype)
+    work = by_torch(what, group, _torch_reduce_scatter, received, input, op=op, async_op=async_op)
+    if same:
+        return work
 
     def convert() -> None:
         output.copy_(received)
 
     if work is not None:
-        return direct.DeferredWork([work], convert)
+        return direct.DeferredWork([work], what, convert)
     convert()
     return None
 
@@ -147,7 +191,8 @@ def _chunks(name: str, whole: Tensor, part: Tensor, group: Any) -> tuple[Tensor,
     return whole.view(-1).chunk(world) if part.numel() else (whole.view(-1),) * world
 
 
-def _complete(work: Any, async_op: bool) -> Any:
+def complete(work: Any, async_op: bool) -> Any:
+    """Wait for a work, or return it."""
     if async_op:
         return work
     work.wait()

@@ -10,32 +10,41 @@ Note [direct exchange on gloo]
 
     - The sum runs over ranks in the order 0, 1, 2, ..., whatever arrives first: results are reproducible.
     - 16-bit floats are accumulated in fp32 and rounded once; an fp32 output of 16-bit input is not rounded.
-    - Messages between two ranks of one group carry one tag and are matched in the order they are posted. So a
-      call that returns before its data arrived has posted all of its receives, which takes room for every
-      incoming chunk; a call that waits works through a window of small blocks that stay in the cache.
+    - Messages between two ranks of one group carry a tag made of the call's words (note [Same call, same words])
+      and those of one tag are matched in the order they are posted. So a call that returns before its data
+      arrived has posted all of its receives, which takes room for every incoming chunk; a call that waits
+      works through a window of small blocks that stay in the cache.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepspeed.comm.calls import guarded
 from deepspeed.comm.summing import Summing
 
-TAG = 0x5EED  # apart from the tag 0 of users' own messages
+OWN = 2**30  # tags from here on are apart from those of users' own messages
 BLOCK_BYTES = 2 * 2**20  # of all peers together: fits the cache beside its accumulator
 SMALLEST_BLOCK_BYTES = 2**16
 WINDOW = 4  # blocks in flight while one is summed
 
 
 def is_direct(group: Any, *tensors: Tensor) -> bool:
+    """Tell whether `is_on_host` holds, and the tensors are contiguous."""
+    return is_on_host(group, *tensors) and all(tensor.is_contiguous() for tensor in tensors)
+
+
+def is_on_host(group: Any, *tensors: Tensor) -> bool:
     """Tell whether this rank is in `group`, and the group moves these tensors through gloo on the CPU."""
-    if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in tensors):
+    if any(tensor.device.type != "cpu" for tensor in tensors):
         return False
     return dist.get_rank(group) >= 0 and "cpu:gloo" in dist.get_backend_config(group)
 
@@ -43,14 +52,14 @@ def is_direct(group: Any, *tensors: Tensor) -> bool:
 class DeferredWork(dist.Work):
     """Pending operations as one, with a last step that `wait` runs once."""
 
-    def __init__(self, pending: Sequence[Any], finish: Callable[[], None] | None = None) -> None:
+    def __init__(self, pending: Sequence[Any], what: bytes, finish: Callable[[], None] | None = None) -> None:
         super().__init__()
-        self._pending = list(pending)
+        self._pending, self._what = list(pending), what
         self._finish = finish
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until the data is in place (raises what torch raises on a lost peer or a timeout)."""
-        wait_all(self._pending, timeout)
+        wait_all(self._pending, self._what, timeout)
         if self._finish is not None:
             finish, self._finish = self._finish, None
             finish()
@@ -61,35 +70,41 @@ class DeferredWork(dist.Work):
         return self._finish is None and all(work.is_completed() for work in self._pending)
 
 
-def wait_all(pending: list[Any], timeout: timedelta | None = None) -> None:
-    """Wait for every work of `pending` and empty the list."""
+def wait_all(pending: list[Any], what: bytes, timeout: timedelta | None = None) -> None:
+    """Wait for every work of `pending`, a part of the call `what`, and empty the list."""
     for work in pending:
-        work.wait() if timeout is None else work.wait(timeout)
+        guarded(what, work.wait if timeout is None else partial(work.wait, timeout))
     pending.clear()
 
 
 @torch.no_grad()
-def gather(chunks: Sequence[Tensor], mine: Tensor, group: Any) -> DeferredWork:
+def gather(chunks: Sequence[Tensor], mine: Tensor, group: Any, what: bytes = b"") -> DeferredWork:
     """Start filling `chunks`, one flat tensor per rank, from every rank's `mine`."""
     me = dist.get_rank(group)
-    pending = _exchange(lambda rank: mine, lambda rank: chunks[rank], me, len(chunks), group)
+    pending = _exchange(lambda rank: mine, lambda rank: chunks[rank], me, len(chunks), group, what)
     if chunks[me].data_ptr() != mine.data_ptr():
         chunks[me].copy_(mine)
-    return DeferredWork(pending)
+    return DeferredWork(pending, what)
 
 
 def _exchange(
-    outgoing: Callable[[int], Tensor], incoming: Callable[[int], Tensor], me: int, world: int, group: Any
+    outgoing: Callable[[int], Tensor],
+    incoming: Callable[[int], Tensor],
+    me: int,
+    world: int,
+    group: Any,
+    what: bytes,
 ) -> list[Any]:
     """Post a receive from and a send to every other rank; what is empty is neither sent nor received."""
     works: list[Any] = []
+    tag = OWN + zlib.crc32(what) % OWN
     for step in range(1, world):
         source, target = (me - step) % world, (me + step) % world
         received, sent = incoming(source), outgoing(target)
         if received.numel():
-            works.append(dist.irecv(received, group=group, tag=TAG, group_src=source))
+            works.append(dist.irecv(received, group=group, tag=tag, group_src=source))
         if sent.numel():
-            works.append(dist.isend(sent, group=group, tag=TAG, group_dst=target))
+            works.append(dist.isend(sent, group=group, tag=tag, group_dst=target))
     return works
 
 
@@ -101,10 +116,17 @@ class ReduceWork(dist.Work):
     """
 
     def __init__(
-        self, output: Tensor, chunks: Sequence[Tensor], op: Any, group: Any, *, at_once: bool
+        self,
+        output: Tensor,
+        chunks: Sequence[Tensor],
+        op: Any,
+        group: Any,
+        *,
+        at_once: bool,
+        what: bytes = b"",
     ) -> None:
         super().__init__()
-        self._chunks, self._group = chunks, group
+        self._chunks, self._group, self._what = chunks, group, what
         self._me, self._world = dist.get_rank(group), len(chunks)
         mine = chunks[self._me]
         peers, longest = max(1, self._world - 1), max(chunk.numel() for chunk in chunks)
@@ -118,7 +140,7 @@ class ReduceWork(dist.Work):
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Sum every block as it arrives (raises what torch raises on a lost peer or a timeout)."""
         for index in range(len(self._blocks)):
-            wait_all(self._pending[index], timeout)
+            wait_all(self._pending[index], self._what, timeout)
             self._sum(index)
             if index + self._window < len(self._blocks):
                 self._pending.append(self._post(index + self._window))
@@ -138,6 +160,7 @@ class ReduceWork(dist.Work):
             self._me,
             self._world,
             self._group,
+            self._what,
         )
 
     def _sum(self, index: int) -> None:

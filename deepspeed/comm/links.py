@@ -10,7 +10,8 @@ Note [Rooms and signals]
 
     Calls have the same numbers on every rank, because all ranks make them in the same order. Posting never
     waits for a peer: while every room is still being read, another one is made. A socket orders memory on
-    every processor, wakes the one who waits, and reports a peer that died.
+    every processor, wakes the one who waits, and reports a peer that died. Signals say what the call is; see
+    note [Same call, same words]. A call that goes another way is only noted, so that it can be compared too.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import select
 import socket
 import struct
 import sys
+import time
 import uuid
 import weakref
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,10 +35,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepspeed.comm.calls import LONGEST, disagreement, here, readable
 from deepspeed.errors import CommunicationError
 
-SIGNAL = struct.Struct("<cQQQ")  # kind, number of the call, room, bytes of the room
-READY, DONE, SHARE = b"r", b"d", b"s"
+SIGNAL = struct.Struct("<cQQQ")  # kind, number of the call, room, bytes of the room; then the call's words
+READY, DONE, SHARE, NOTE, PLACE = b"r", b"d", b"s", b"n", b"p"
+LOOK = 1000  # milliseconds between two looks at how long a wait lasts
+MANNERS = 2.0  # seconds for a peer that makes another call to say where
 PAGE = mmap.PAGESIZE
 PATIENCE = 60.0  # seconds for all ranks of a group to connect
 
@@ -60,10 +66,18 @@ class Links:
         rank: of this process in the group.
         sockets: by rank of the peer.
         timeout: how long to wait for a peer.
+        names: global rank of each rank of the group; without, they are the same.
     """
 
-    def __init__(self, rank: int, sockets: dict[int, socket.socket], timeout: timedelta) -> None:
+    def __init__(
+        self,
+        rank: int,
+        sockets: dict[int, socket.socket],
+        timeout: timedelta,
+        names: Sequence[int] | None = None,
+    ) -> None:
         self.rank, self.size = rank, len(sockets) + 1
+        self._names = names or range(self.size)
         self._sockets = sockets
         self._timeout = timeout.total_seconds()
         self._peer_of = {link.fileno(): peer for peer, link in sockets.items()}
@@ -78,11 +92,17 @@ class Links:
         self._reading: dict[int, Room] = {}
         self._unknown: dict[int, int] = {}  # descriptors of rooms that the peers do not have yet
         self._calls = 0
+        self._said: dict[int, bytes] = {}  # words of my calls that some peer has not made yet
+        self._heard: dict[int, dict[int, bytes]] = {}  # words of the peers' calls that I have not made yet
+        self._latest = dict.fromkeys(sockets, 0)  # the last call of each peer
+        self._ended: set[int] = set()
+        self._places: dict[int, str] = {}  # of peers that disagree
+        self._broken: CommunicationError | None = None
         self._closing = weakref.finalize(self, _close, list(sockets.values()), self._unknown)
 
     def room(self, nbytes: int) -> Room:
         """Return a room of at least `nbytes` that nobody reads."""
-        self._drain()
+        self.drain()
         free = [one for one in self._rooms if not one.readers and one.nbytes >= nbytes]
         if free:
             return min(free, key=lambda one: one.nbytes)
@@ -94,35 +114,36 @@ class Links:
         self._unknown[room.index] = descriptor
         return room
 
-    def announce(self, room: Room) -> int:
-        """Tell all peers that `room` is filled; return the number of this call."""
+    def announce(self, room: Room, what: bytes = b"") -> int:
+        """Tell all peers that `room` is filled for a call with these words; return the number of the call."""
         self._calls += 1
-        message = SIGNAL.pack(READY, self._calls, room.index, room.nbytes)
         room.readers = set(self._sockets)
         self._reading[self._calls] = room
         descriptor = self._unknown.pop(room.index, None)
-        for peer in self._sockets:
-            try:
-                self._send(peer, message, *([] if descriptor is None else [descriptor]))
-            except ConnectionError:
-                raise CommunicationError(f"rank {peer} of the group ended before rank {self.rank}") from None
+        fresh = [] if descriptor is None else [descriptor]
+        self._tell(SIGNAL.pack(READY, self._calls, room.index, room.nbytes), what, *fresh)
         if descriptor is not None:
             os.close(descriptor)
         return self._calls
+
+    def note(self, what: bytes) -> None:
+        """Tell all peers that this rank is in a call that does not go through rooms."""
+        self.drain()
+        self._calls += 1
+        self._tell(SIGNAL.pack(NOTE, self._calls, 0, 0), what)
 
     def awaited(self, peer: int, call: int) -> Room:
         """Wait until `peer` has filled its room for this call, and return it.
 
         Raises:
-            CommunicationError: the peer is gone, or did not come in time.
+            CommunicationError: a peer is gone, makes another call, or did not come in time.
         """
-        while (peer, call) not in self._announced:
-            self._receive_or_raise(peer)
+        self._wait_for(peer, call)
         return self._announced.pop((peer, call))
 
     def is_here(self, call: int) -> bool:
         """Tell whether every peer has filled its room for this call."""
-        self._drain()
+        self.drain()
         return all((peer, call) in self._announced for peer in self._sockets)
 
     def done(self, call: int) -> None:
@@ -131,64 +152,132 @@ class Links:
             with contextlib.suppress(ConnectionError):
                 self._send(peer, SIGNAL.pack(DONE, call, 0, 0))
 
-    def share(self, descriptor: int) -> dict[int, int]:
+    def share(self, descriptor: int, what: bytes = b"") -> dict[int, int]:
         """Give every peer a file descriptor, and return the one that each of them gave, by rank."""
         self._calls += 1
         call = self._calls
+        self._tell(SIGNAL.pack(SHARE, call, 0, 0), what, descriptor)
         for peer in self._sockets:
-            self._send(peer, SIGNAL.pack(SHARE, call, 0, 0), descriptor)
-        for peer in self._sockets:
-            while (peer, call) not in self._shared:
-                self._receive_or_raise(peer)
+            self._wait_for(peer, call)
         return {peer: self._shared.pop((peer, call)) for peer in self._sockets}
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
         """Take the signals that have arrived."""
         while arrived := self._poll.poll(0):
-            for descriptor, _ in arrived:
-                if not self._receive(self._peer_of[descriptor]):
-                    self._poll.unregister(descriptor)
+            self._receive(arrived)
 
-    def _receive_or_raise(self, peer: int) -> None:
-        if not self._receive(peer):
-            raise CommunicationError(f"rank {peer} of the group ended while rank {self.rank} waited for it")
+    def _tell(self, signal: bytes, what: bytes, *descriptors: int) -> None:
+        """Begin a call: send all peers its signal, and compare it with what was heard of it before."""
+        self._said[self._calls] = what
+        for peer in self._sockets:
+            try:
+                self._send(peer, signal + what, *descriptors)
+            except ConnectionError:
+                self._ended.add(peer)
+        if self._ended:
+            self.drain()  # what they had to say before
+            for peer in self._ended:
+                self._require(peer, self._calls)
+        for peer, theirs in self._heard.pop(self._calls, {}).items():
+            self._compare(peer, self._calls, theirs)
+        if self._broken is not None:
+            raise self._broken
+        everywhere = min(self._latest.values())
+        while self._said and (oldest := next(iter(self._said))) <= everywhere:
+            del self._said[oldest]
 
-    def _receive(self, peer: int) -> bool:
-        """Wait for one signal and take it; False where the peer has ended."""
-        try:
-            message, descriptors, _, _ = socket.recv_fds(self._sockets[peer], SIGNAL.size, 1)
-        except ConnectionResetError:  # it ended before it read our last signals; its own may still be here
-            return self._receive(peer)
-        except TimeoutError:
+    def _compare(self, peer: int, call: int, theirs: bytes) -> None:
+        mine = self._said.get(call)
+        if mine is None:
+            self._heard.setdefault(call, {})[peer] = theirs
+            return
+        if mine != theirs and self._broken is None:
+            self._broken = self._disagreement(peer, call, mine, theirs)
+            raise self._broken
+
+    def _disagreement(self, peer: int, call: int, mine: bytes, theirs: bytes) -> CommunicationError:
+        """Exchange places with a peer that makes another call, and return the error."""
+        self._broken = CommunicationError("a former call of this group failed")  # while signals are taken
+        where = here()
+        for other in self._sockets:
+            with contextlib.suppress(OSError, CommunicationError):
+                self._send(other, SIGNAL.pack(PLACE, call, 0, 0) + where.encode()[:LONGEST])
+        until = time.monotonic() + MANNERS
+        while peer not in self._places and peer not in self._ended and time.monotonic() < until:
+            self._receive(self._poll.poll(LOOK / 10))
+        sayings = {
+            self._names[self.rank]: readable(mine) + where,
+            self._names[peer]: readable(theirs) + self._places.get(peer, ""),
+        }
+        return disagreement(call, sayings)
+
+    def _wait_for(self, peer: int, call: int) -> None:
+        """Take signals until the one of `peer` for `call` is here; a peer that ends before its own is named."""
+        until = 0.0
+        while self._latest[peer] < call:
+            for ended in self._ended:
+                self._require(ended, call)
+            arrived = self._poll.poll(LOOK)
+            self._receive(arrived)
+            now = time.monotonic()
+            until = until or now + self._timeout
+            if not arrived and now > until:
+                raise CommunicationError(
+                    f"rank {self._names[peer]} did not reach {self._doing(call)} in {self._timeout:.0f} s; it is stuck"
+                )
+
+    def _require(self, peer: int, call: int) -> None:
+        if self._latest[peer] < call:
+            mine = self._names[self.rank]
             raise CommunicationError(
-                f"rank {peer} of the group did not reach this collective in {self._timeout:.0f} s; "
-                "it is stuck, or the ranks run different collectives"
-            ) from None
-        if message:
-            self._take(peer, message, descriptors)
-        return bool(message)
+                f"rank {self._names[peer]} ended while rank {mine} waited for it in {self._doing(call)}{here()}"
+            )
+
+    def _doing(self, call: int) -> str:
+        return readable(self._said.get(call, b"")) or f"call {call}"
+
+    def _receive(self, arrived: list[tuple[int, int]]) -> None:
+        """Take one signal from each socket that has some; remember the peers that have ended."""
+        for descriptor, _ in arrived:
+            peer = self._peer_of[descriptor]
+            try:
+                message, descriptors, _, _ = socket.recv_fds(self._sockets[peer], SIGNAL.size + LONGEST, 1)
+            except (
+                ConnectionResetError
+            ):  # it ended before it read our last signals; its own may still be here
+                continue
+            if message:
+                self._take(peer, message, descriptors)
+            else:
+                self._ended.add(peer)
+                self._poll.unregister(descriptor)
 
     def _take(self, peer: int, message: bytes, descriptors: list[int]) -> None:
-        kind, call, index, nbytes = SIGNAL.unpack(message)
+        kind, call, index, nbytes = SIGNAL.unpack_from(message)
         if kind == DONE:
             room = self._reading[call]
             room.readers.discard(peer)
             if not room.readers:
                 del self._reading[call]
             return
+        if kind == PLACE:
+            self._places[peer] = readable(message[SIGNAL.size :])
+            return
+        self._latest[peer] = call
         if kind == SHARE:
             self._shared[peer, call] = descriptors[0]
-            return
-        if descriptors:
-            self._theirs[peer, index] = Room(descriptors[0], nbytes, index)
-            os.close(descriptors[0])
-        self._announced[peer, call] = self._theirs[peer, index]
+        elif kind == READY:
+            if descriptors:
+                self._theirs[peer, index] = Room(descriptors[0], nbytes, index)
+                os.close(descriptors[0])
+            self._announced[peer, call] = self._theirs[peer, index]
+        self._compare(peer, call, message[SIGNAL.size :])
 
     def _send(self, peer: int, message: bytes, *descriptors: int) -> None:
         try:
             socket.send_fds(self._sockets[peer], [message], descriptors)
         except TimeoutError:
-            raise CommunicationError(f"rank {peer} of the group does not read its signals") from None
+            raise CommunicationError(f"rank {self._names[peer]} does not read its signals") from None
 
     def close(self) -> None:
         """Close the sockets; also done when nobody holds the links any more."""
@@ -229,7 +318,7 @@ def _connect(group: Any) -> Links | None:
     dist.all_gather_object(everybody, sockets is not None, group=group)
     if sockets is None or not all(everybody):
         return None
-    return Links(dist.get_rank(group), sockets, _timeout_of(group))
+    return Links(dist.get_rank(group), sockets, _timeout_of(group), dist.get_process_group_ranks(group))
 
 
 def _listen(size: int) -> socket.socket | None:

@@ -154,12 +154,12 @@ def logged(op: str, size: Callable[..., int]) -> Callable[[Function], Function]:
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def _call(*args: Any, **kwargs: Any) -> Any:
             if not comms_logger.enabled or not comms_logger.watches(op):
                 return function(*args, **kwargs)
             return _timed(op, size(*args, **kwargs), function, args, kwargs)
 
-        return call  # type: ignore[return-value]
+        return _call  # type: ignore[return-value]
 
     return decorate
 

@@ -6,11 +6,16 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm import direct, shared
+from deepspeed.comm.calls import words
+from deepspeed.comm.collectives import by_torch, complete
+from deepspeed.comm.links import links_of
 from deepspeed.comm.log import logged, nbytes, total_nbytes
 
 
@@ -37,9 +42,10 @@ def initialize_mesh_device(mesh_shape: tuple[int, ...], mesh_dim_names: tuple[st
 
 
 @logged("broadcast", lambda tensor, *_, **__: nbytes(tensor))
-def broadcast(tensor: Tensor, src: int, group: Any = None, async_op: bool = False) -> Any:
-    """Send `tensor` from global rank `src` to every rank of `group`."""
-    return dist.broadcast(tensor, src, group=group, async_op=async_op)
+def broadcast(tensor: Tensor, src: int, group: Any = None, async_op: bool = False, label: str = "") -> Any:
+    """Send `tensor` from global rank `src` to every rank of `group`; `label` names it in errors."""
+    what = words(f"broadcast from rank {src}", tensor.numel(), tensor.dtype, label)
+    return by_torch(what, group, dist.broadcast, tensor, src, async_op=async_op)
 
 
 @logged("reduce", lambda tensor, *_, **__: nbytes(tensor))
@@ -47,7 +53,8 @@ def reduce(
     tensor: Tensor, dst: int, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
 ) -> Any:
     """Reduce `tensor` into global rank `dst`."""
-    return dist.reduce(tensor, dst, op=op, group=group, async_op=async_op)
+    what = words(f"reduce to rank {dst}", tensor.numel(), tensor.dtype)
+    return by_torch(what, group, dist.reduce, tensor, dst, op=op, async_op=async_op)
 
 
 @logged("all_to_all_single", lambda output, input, *_, **__: nbytes(input))
@@ -60,8 +67,9 @@ def all_to_all_single(
     async_op: bool = False,
 ) -> Any:
     """Send a chunk of `input` to each rank and collect theirs in `output`."""
-    return dist.all_to_all_single(
-        output, input, output_split_sizes, input_split_sizes, group=group, async_op=async_op
+    sizes = (output_split_sizes, input_split_sizes)
+    return by_torch(
+        words("all_to_all_single"), group, dist.all_to_all_single, output, input, *sizes, async_op=async_op
     )
 
 
@@ -70,7 +78,8 @@ def all_to_all(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], group: Any = None, async_op: bool = False
 ) -> Any:
     """Send one tensor of `inputs` to each rank and collect theirs in `outputs`."""
-    return dist.all_to_all(list(outputs), list(inputs), group=group, async_op=async_op)
+    what = words("all_to_all")
+    return by_torch(what, group, dist.all_to_all, list(outputs), list(inputs), async_op=async_op)
 
 
 @logged("gather", lambda tensor, *_, **__: nbytes(tensor))
@@ -82,7 +91,8 @@ def gather(
     async_op: bool = False,
 ) -> Any:
     """Collect every rank's `tensor` on global rank `dst`."""
-    return dist.gather(tensor, gather_list, dst=dst, group=group, async_op=async_op)
+    what = words(f"gather to rank {dst}")
+    return by_torch(what, group, dist.gather, tensor, gather_list, dst=dst, async_op=async_op)
 
 
 @logged("scatter", lambda tensor, *_, **__: nbytes(tensor))
@@ -94,7 +104,8 @@ def scatter(
     async_op: bool = False,
 ) -> Any:
     """Give each rank its tensor of `scatter_list` on global rank `src`."""
-    return dist.scatter(tensor, scatter_list, src=src, group=group, async_op=async_op)
+    what = words(f"scatter from rank {src}")
+    return by_torch(what, group, dist.scatter, tensor, scatter_list, src=src, async_op=async_op)
 
 
 @logged("send", lambda tensor, *_, **__: nbytes(tensor))
@@ -122,9 +133,15 @@ def irecv(tensor: Tensor, src: int | None = None, group: Any = None, tag: int = 
 
 
 @logged("barrier", lambda *_, **__: 0)
-def barrier(group: Any = None, async_op: bool = False, device_ids: list[int] | None = None) -> Any:
-    """Wait until every rank of `group` is here."""
-    return dist.barrier(group=group, async_op=async_op, device_ids=device_ids)
+def barrier(
+    group: Any = None, async_op: bool = False, device_ids: list[int] | None = None, label: str = ""
+) -> Any:
+    """Wait until every rank of `group` is here; `label` says in errors what for."""
+    what = words("barrier", label=label)
+    links = links_of(group) if dist.get_backend(group) == "gloo" and direct.is_on_host(group) else None
+    if links is not None:
+        return complete(shared.SumWhole(links, torch.zeros(1), dist.ReduceOp.SUM, what), async_op)
+    return by_torch(what, group, dist.barrier, async_op=async_op, device_ids=device_ids)
 
 
 class TorchBackend:

@@ -31,9 +31,9 @@ SMALL = 2**14  # elements up to which an all-reduce is one exchange
 class SharedWork(dist.Work):
     """One exchange under way; `wait` reads the peers' rooms, once."""
 
-    def __init__(self, links: Links, written: Sequence[Tensor]) -> None:
+    def __init__(self, links: Links, written: Sequence[Tensor], what: bytes) -> None:
         super().__init__()
-        self._links = links
+        self._links, self._what = links, what
         self._finished = False
         self._call = self._write(written)
 
@@ -59,14 +59,14 @@ class SharedWork(dist.Work):
         room = self._links.room(sum(numels) * dtype.itemsize)
         for place, tensor in zip(room.view(sum(numels), dtype).split(numels), tensors, strict=True):
             place.copy_(tensor)
-        return self._links.announce(room)
+        return self._links.announce(room, self._what)
 
 
 class Gather(SharedWork):
     """Fill `chunks`, one flat tensor per rank, from every rank's `mine`."""
 
-    def __init__(self, links: Links, chunks: Sequence[Tensor], mine: Tensor) -> None:
-        super().__init__(links, [mine])
+    def __init__(self, links: Links, chunks: Sequence[Tensor], mine: Tensor, what: bytes = b"") -> None:
+        super().__init__(links, [mine], what)
         self._chunks = chunks
         if chunks[links.rank].data_ptr() != mine.data_ptr():
             with torch.no_grad():
@@ -83,9 +83,11 @@ class Gather(SharedWork):
 class Reduce(SharedWork):
     """Reduce this rank's chunk of every rank's `chunks` (flat) into `output`, which may be that very chunk."""
 
-    def __init__(self, links: Links, output: Tensor, chunks: Sequence[Tensor], op: Any) -> None:
+    def __init__(
+        self, links: Links, output: Tensor, chunks: Sequence[Tensor], op: Any, what: bytes = b""
+    ) -> None:
         others = [chunk for rank, chunk in enumerate(chunks) if rank != links.rank]
-        super().__init__(links, others)
+        super().__init__(links, others, what)
         self._mine, self._output, self._op = chunks[links.rank], output, op
         self._lengths = [chunk.numel() for chunk in chunks]
 
@@ -106,8 +108,8 @@ class Reduce(SharedWork):
 class SumWhole(SharedWork):
     """Reduce a small tensor on every rank, in place."""
 
-    def __init__(self, links: Links, tensor: Tensor, op: Any) -> None:
-        super().__init__(links, [tensor])
+    def __init__(self, links: Links, tensor: Tensor, op: Any, what: bytes = b"") -> None:
+        super().__init__(links, [tensor], what)
         self._tensor, self._op = tensor, op
 
     def _finish(self) -> None:
@@ -123,18 +125,19 @@ class SumWhole(SharedWork):
 class ReduceEverywhere(dist.Work):
     """An all-reduce of a large flat tensor in place; its second exchange begins when it is waited for."""
 
-    def __init__(self, links: Links, tensor: Tensor, op: Any) -> None:
+    def __init__(self, links: Links, tensor: Tensor, op: Any, what: bytes = b"") -> None:
         super().__init__()
-        self._links = links
+        self._links, self._what = links, what
         self._chunks = tensor.tensor_split(links.size)
-        self._reduce: Reduce | None = Reduce(links, self._chunks[links.rank], self._chunks, op)
+        self._reduce: Reduce | None = Reduce(links, self._chunks[links.rank], self._chunks, op, what)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until the sum is in place (CommunicationError: a peer is gone or late)."""
         if self._reduce is not None:
             self._reduce.wait()
             self._reduce = None
-            Gather(self._links, self._chunks, self._chunks[self._links.rank]).wait()
+            mine = self._chunks[self._links.rank]
+            Gather(self._links, self._chunks, mine, self._what).wait()
         return True
 
     def is_completed(self) -> bool:

@@ -79,7 +79,7 @@ class WeightSaving(nn.Module):
             folder.mkdir(parents=True, exist_ok=True)
             _write(state, folder / save_filename)
         if self.data_parallel.size > 1:
-            comm.barrier(group=self.data_parallel.process_group)
+            comm.barrier(group=self.data_parallel.process_group, label="save_16bit_model")
         return True
 
     save_fp16_model = save_16bit_model

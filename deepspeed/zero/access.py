@@ -184,7 +184,7 @@ def _assemble(slot: TrainedSlot, local: Tensor | None) -> Tensor:
         whole[piece.param_start : piece.param_stop] = local
     group = unit.sharding.shard_group
     if group.size > 1:
-        comm.all_reduce(whole, group=group.process_group)
+        comm.all_reduce(whole, group=group.process_group, label=unit.names[slot.index])
     return whole.view(shape)
 
 
@@ -193,7 +193,7 @@ def _anywhere(slot: TrainedSlot, present: bool) -> bool:
     if group.size == 1:
         return present
     flag = torch.tensor(float(present), device=slot.unit.flat.device)
-    comm.all_reduce(flag, group=group.process_group)
+    comm.all_reduce(flag, group=group.process_group, label=slot.unit.names[slot.index])
     return bool(flag > 0)
 
 

@@ -132,18 +132,18 @@ class GatheredParameters:
         """Find the parameters that some rank has changed."""
         changed = [(self._before[id(one)] != _fingerprint(one)).any() for one in self._params]
         flags = torch.stack(changed).float()
-        comm.all_reduce(flags, op=dist.ReduceOp.MAX, group=everyone.process_group)
+        comm.all_reduce(flags, op=dist.ReduceOp.MAX, group=everyone.process_group, label="GatheredParameters")
         return [param for param, flag in zip(self._params, flags.tolist(), strict=True) if flag]
 
     def _agree(self, param: Any, everyone: RankGroup) -> None:
         """Take the modifier's values, or make sure that all ranks have the same."""
         source = everyone.first_rank if self._modifier is None else self._modifier
         value = param.detach() if self._modifier is not None else param.detach().clone()
-        comm.broadcast(value, src=source, group=everyone.process_group)
+        comm.broadcast(value, source, group=everyone.process_group, label=param.ds_slot.name)
         if self._modifier is not None:
             return
         apart = torch.tensor(float(not torch.equal(value, param.detach())), device=value.device)
-        comm.all_reduce(apart, op=dist.ReduceOp.MAX, group=everyone.process_group)
+        comm.all_reduce(apart, op=dist.ReduceOp.MAX, group=everyone.process_group, label=param.ds_slot.name)
         if apart:
             raise UsageError(
                 f"GatheredParameters: {param.ds_slot.name} was changed in different ways on different ranks; "

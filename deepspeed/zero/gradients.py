@@ -41,6 +41,7 @@ class UnitGradients:
         self._landing: Tensor | None = None  # in flight; the wire itself where this rank holds everything
         self._work: torch.distributed.Work | None = None
         self._exposed = False
+        self._label = f"gradients of {unit.label}"
 
     def begin_backward(self) -> None:
         """Expect a gradient of every parameter again."""
@@ -156,9 +157,11 @@ class UnitGradients:
         landing, work = wire, None
         if shards.size > 1:
             landing = self._pool.take(self.unit.layout.chunk, self.unit.dtypes.reduce)
-            work = comm.reduce_scatter_single(landing, wire, group=shards.process_group, async_op=True)
+            work = comm.reduce_scatter_single(
+                landing, wire, group=shards.process_group, async_op=True, label=self._label
+            )
         if replicas.size > 1:
             if work is not None:
                 work.wait()
-            work = comm.start_all_reduce(landing, group=replicas.process_group)
+            work = comm.start_all_reduce(landing, group=replicas.process_group, label=self._label)
         self._wire, self._landing, self._work = wire, landing, work

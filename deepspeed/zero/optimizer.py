@@ -248,6 +248,8 @@ class ZeroOptimizer(WrappedOptimizer):
         active = [gradients for gradients in self._reducer.gradients if gradients.shard is not None]
         if active:
             self._update(active)
+        elif self._data_parallel.size > 1:  # a rank that skipped its backward shall not be one step behind
+            comm.barrier(group=self._data_parallel.process_group, label="step without gradients")
         for hook in self._hooks_after.values():
             hook(self, (), {})
         return not self.overflow
@@ -291,7 +293,7 @@ class ZeroOptimizer(WrappedOptimizer):
             flags = torch.tensor(used, dtype=torch.float32, device=norm.device)
             parts = [(norm.square() / replicas).reshape(1), norm.new_full((1,), float(late)), flags]
             message = torch.cat(parts)
-            comm.all_reduce(message, group=group.process_group)
+            comm.all_reduce(message, group=group.process_group, label="norm of the step's gradients")
             norm = message[0].sqrt()
             late = self._reducer.may_be_late and _read(message[1])
             if not all(used):

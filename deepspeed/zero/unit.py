@@ -67,6 +67,7 @@ class Unit:
         updates: how often the values have changed.
         shown: `updates` of the values that the flat has, or had last.
         memory: of the flat.
+        label: what errors between ranks call it.
         may_resize: whether its one parameter may take another size: no engine has laid it out yet.
         demand: asked when a released parameter is used; gives a context in which it is whole, or None.
     """
@@ -85,6 +86,7 @@ class Unit:
     ) -> None:
         self.names = [name for name, _ in named]
         self.params = [param for _, param in named]
+        self.label = _common_name(self.names)
         self.layout = layout
         self.sharding = sharding
         self.dtypes = dtypes
@@ -131,7 +133,9 @@ class Unit:
                     slot.unit.read(slot.index, view)
         for group in (self.sharding.shard_group, self.sharding.replica_group):
             if group.size > 1 and not everyone_has:
-                comm.broadcast(given, src=group.first_rank, group=group.process_group)
+                comm.broadcast(
+                    given, group.first_rank, group=group.process_group, label=f"values of {self.label}"
+                )
         return given
 
     def _hold(self, arena: Arena | None) -> Tensor:
@@ -218,7 +222,9 @@ class Unit:
             self.is_whole = True
             return
         self._work = [
-            comm.all_gather_single(row.view(-1), own, group=near.process_group, async_op=True)
+            comm.all_gather_single(
+                row.view(-1), own, group=near.process_group, async_op=True, label=self.label
+            )
             for row, own in zip(rows, self.held, strict=True)
         ]
 
@@ -291,7 +297,7 @@ class Unit:
                     part.copy_(self.held[row, piece.shard_start : piece.shard_stop])
                 if self._block is None:
                     src = near.members[rank]
-                    comm.broadcast(part, src=src, group=near.process_group)
+                    comm.broadcast(part, src, group=near.process_group, label=self.names[index])
                 elif rank != near.rank:
                     self._block.read(rank, row * self.layout.chunk + piece.shard_start, part)
         out.copy_(whole.view(out.shape))
@@ -346,7 +352,7 @@ class Unit:
     def settle(self) -> None:
         """Wait until no rank is still reading or writing what ranks hold. A collective."""
         if self._block is not None:
-            self._block.arena.settle()
+            self._block.arena.settle(self.label)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -408,7 +414,11 @@ class Unit:
         if group.size == 1:
             return None
         work: dist.Work | None = comm.all_gather_single(
-            self.held.view(-1), self.mine, group=group.process_group, async_op=async_op
+            self.held.view(-1),
+            self.mine,
+            group=group.process_group,
+            async_op=async_op,
+            label=f"step of {self.label}",
         )
         return work
 
@@ -418,6 +428,18 @@ def arena_for(sharding: Sharding, device: torch.device) -> Arena | None:
     if not sharding.releases or device.type != "cpu":
         return None
     return arena_of(sharding.hold_group.process_group)
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """Name parameters by the innermost module that all of them are in, or else by the first."""
+    if len(names) == 1:
+        return names[0]
+    paths = [name.split(".")[:-1] for name in names]
+    shared = [
+        steps[0]
+        for steps in itertools.takewhile(lambda steps: len(set(steps)) == 1, zip(*paths, strict=False))
+    ]
+    return ".".join(shared) or f"{names[0]} and {len(names) - 1} more"
 
 
 def _numbers(count: int) -> int:
