@@ -71,12 +71,12 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
     slot = _trained(param)
     _check_shape(param, value)
     local, piece = _local_state(slot, optim_state_key), slot.my_piece()
-    if piece is not None:
-        if local is None:
-            raise UsageError(
-                f"safe_set_full_optimizer_state: there is no {optim_state_key} of {slot.name} yet; states are made "
-                "by the first step"
-            )
+    if not _anywhere(slot, local is not None):
+        raise UsageError(
+            f"safe_set_full_optimizer_state: there is no {optim_state_key} of {slot.name} yet; states are made "
+            "by the first step"
+        )
+    if local is not None and piece is not None:
         local.copy_(value.reshape(-1)[piece.param_start : piece.param_stop])
 
 

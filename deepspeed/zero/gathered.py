@@ -3,12 +3,15 @@
 Note [What moves]
 Loops that visit one parameter after another are common (weights for an inference engine, EMA). So a unit is
 gathered only where at least half of it is asked for; otherwise just the pieces of the parameters asked for
-travel, into memory of their own that the parameter shows for as long as the context lasts.
+travel, into memory of their own that the parameter shows for as long as the context lasts. Where the unit was
+gathered, its other parameters are whole too, and treated as if they had been asked for: a change of theirs is
+kept like any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,8 +24,10 @@ from deepspeed.zero.slot import Slot, is_zero_param, slot_of
 from deepspeed.zero.stage import RankGroup
 from deepspeed.zero.unit import Unit
 
-PARTS = 64
-"""Into how many parts a parameter is cut to notice values that changed places."""
+BLOCK = 2**16
+"""Words of a parameter that are weighed at once to notice changes."""
+ODD = 0x5851F42D4C957F2D
+"""What the sum of the blocks so far is multiplied by before the next is added."""
 
 
 class GatheredParameters:
@@ -58,6 +63,9 @@ class GatheredParameters:
     def __enter__(self) -> GatheredParameters:
         for unit, wanted in self._by_unit().items():
             if unit.is_whole or 2 * sum(one.ds_numel for one in wanted) >= sum(unit.layout.numels):
+                if unit.users == 0:
+                    asked = {id(one) for one in wanted}
+                    self._params += [one for one in unit.params if id(one) not in asked]
                 unit.users += 1
                 unit.gather()
                 self._whole_units.append(unit)
@@ -77,19 +85,20 @@ class GatheredParameters:
                 self._keep_changes()
             kept = kind is None
         finally:
+            for param in self._params:
+                if kept or not param.ds_persist:  # if not kept, each rank may have made others
+                    param.ds_slot.unit.forget_edits(param.ds_slot.index)
             for slot in self._alone:
                 slot.unit.hide(slot.index)
             for unit in self._whole_units:
                 unit.users -= 1
-                if not kept and unit.sharding.releases:
-                    unit.forget_edits()  # each rank may have made others
                 if unit.users == 0:
                     unit.release()
             self._whole_units, self._alone = [], []
 
     def _dismiss_resized(self) -> None:
         """Let go of parameters that got another size (``resize_token_embeddings``), where no engine has them."""
-        resized = [one for one in self._params if one.numel() != one.ds_numel and one.ds_slot.unit.may_resize]
+        resized = [one for one in self._params if one.shape != one.ds_shape and one.ds_slot.unit.may_resize]
         for unit in [one.ds_slot.unit for one in resized]:
             unit.dismiss()
             self._whole_units.remove(unit)
@@ -126,7 +135,6 @@ class GatheredParameters:
                 with unit.changing():
                     for param in mine:
                         unit.write(param.ds_slot.index, param)
-                unit.forget_edits()
 
     def _changed_anywhere(self, everyone: RankGroup) -> list[Any]:
         """Find the parameters that some rank has changed."""
@@ -152,24 +160,33 @@ class GatheredParameters:
 
 
 def _check_size(param: Any) -> None:
-    if param.numel() != param.ds_numel:
+    if param.shape != param.ds_shape:
         raise UsageError(
-            f"{param.ds_slot.name}: expected {param.ds_numel} elements as before, got shape {tuple(param.shape)}; "
-            "its shard has no room for it: change the size before deepspeed.initialize"
+            f"{param.ds_slot.name}: expected shape {tuple(param.ds_shape)} as before, got {tuple(param.shape)}; its "
+            "shard has no room for another: change it before deepspeed.initialize"
         )
 
 
 def _fingerprint(param: Any) -> Tensor:
-    """Return what changes when a parameter does: by its name, or through ``.data``."""
-    bits = (
-        param.detach()
-        .contiguous()
-        .reshape(-1)
-        .view(torch.uint8 if param.element_size() == 1 else torch.int16)
-    )
-    sums = torch.stack([part.sum(dtype=torch.int64) for part in bits.split(max(1, bits.numel() // PARTS))])
-    weighted = (sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()
-    return torch.stack([weighted, torch.full_like(weighted, param._version)])
+    """Return what changes when a parameter does: by its name, or through ``.data``.
+
+    The words of its bits are summed with random odd weights, modulo 2**64: one changed word changes the sum, and
+    several, or some that change places, leave it alone once in 2**50 times or less.
+    """
+    word = {1: torch.uint8, 2: torch.int16}.get(param.element_size(), torch.int32)
+    bits = param.detach().contiguous().reshape(-1).view(word)
+    weights = _weights(bits.device)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for block in bits.split(BLOCK):
+        total = total * ODD + (block * weights[: len(block)]).sum()
+    return torch.stack([total, torch.full_like(total, param._version)])
+
+
+@cache
+def _weights(device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (BLOCK,), generator=generator)
+    return (weights | 1).to(device)
 
 
 def whole_values(state: dict[str, Any], *, keep: bool) -> dict[str, Any] | None:

@@ -53,8 +53,8 @@ class ShardedParameter:
 
     @property
     def ds_shape(self) -> torch.Size:
-        """The whole parameter's shape."""
-        return self.shape  # type: ignore[attr-defined,no-any-return]
+        """The whole parameter's shape, as it is laid out."""
+        return self.ds_slot.unit.shape_of(self.ds_slot.index)
 
     @property
     def ds_numel(self) -> int:

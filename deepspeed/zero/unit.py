@@ -188,6 +188,10 @@ class Unit:
             for offset, numel, param in zip(self.layout.offsets, self.layout.numels, self.params, strict=True)
         ]
 
+    def shape_of(self, index: int) -> torch.Size:
+        """A parameter's shape as it is laid out."""
+        return self._views[index].shape
+
     def zero_gaps(self, flat: Tensor) -> None:
         """Clear what belongs to no parameter, so that norms over a whole shard are right."""
         for start, stop in self.layout.gaps:
@@ -386,16 +390,12 @@ class Unit:
                 if old != new:
                     self.write(index, self.params[index])
 
-    def forget_edits(self) -> None:
-        """Take edits as taken over already; parameters show the flat again where other memory was put in."""
-        for index, param in enumerate(self.params):
-            if (
-                self.is_open
-                and index not in self._apart
-                and param.untyped_storage()._cdata != self.memory.key
-            ):
-                param.data = self._views[index]
-        self._versions = [param._version for param in self.params]
+    def forget_edits(self, index: int) -> None:
+        """Take edits of a parameter as taken over; it shows the flat again where other memory was put in."""
+        param = self.params[index]
+        if self.is_open and index not in self._apart and param.untyped_storage()._cdata != self.memory.key:
+            param.data = self._views[index]
+        self._versions[index] = param._version
 
     def _check_places(self) -> None:
         key = self.memory.key

@@ -104,20 +104,48 @@ def test_edits_reach_the_weights_that_are_trained(stage, modifier, through_data)
     run_on_ranks(2, edits, stage, modifier, through_data)
 
 
-def a_permutation_through_data():
-    twins = Twins(seeded(2, Net))
+def swaps_through_data():
+    twins = Twins(seeded(2, lambda: nn.Linear(64, 64)))
 
-    def edit(module):
-        with GatheredParameters(module.first.weight):
-            module.first.weight.data.copy_(module.first.weight.data.flip(0))
+    def loss(model, rank):
+        return model(data(rank, shape=(3, 64))).square().mean()
 
-    both(twins, edit)
-    twins.step(loss_of)
+    for near, far in ((3, 4), (3, 60)):
+
+        def edit(module, here=near, there=far):
+            with GatheredParameters(module.parameters()):
+                module.weight.data[0, [here, there]] = module.weight.data[0, [there, here]]
+
+        both(twins, edit)
+        twins.step(loss)
     twins.finish()
 
 
 def test_values_that_only_change_places_are_kept():
-    run_on_ranks(2, a_permutation_through_data)
+    run_on_ranks(2, swaps_through_data)
+
+
+def neighbours_in_a_unit(modifier, through_data):
+    twins = Twins(seeded(2, Net))
+    twins.step(loss_of)
+
+    def edit(module):
+        asked, neighbour = module.first.weight, module.first.bias
+        with GatheredParameters(asked, modifier_rank=modifier):
+            if modifier is None or dist.get_rank() == modifier or module is twins.plain:
+                for param in (asked, neighbour):
+                    (param.data if through_data else param).add_(3)
+
+    both(twins, edit)
+    assert torch.equal(twins.engine.module_state_dict()["first.bias"], twins.plain.first.bias)
+    twins.step(loss_of)
+    twins.finish()
+
+
+@pytest.mark.parametrize("modifier", [None, 1])
+@pytest.mark.parametrize("through_data", [False, True])
+def test_what_came_along_can_be_changed_too(modifier, through_data):
+    run_on_ranks(2, neighbours_in_a_unit, modifier, through_data)
 
 
 def one_rank_only():
@@ -307,10 +335,9 @@ def state_before_the_first_step():
     param = twins.engine.module.first.weight
     assert safe_get_full_optimizer_state(param, "momentum_buffer") is None
     refused(lambda: safe_set_full_grad(param, torch.zeros(9, 6)), "no gradient")
-    if safe_get_local_fp32_param(param) is not None:
-        refused(
-            lambda: safe_set_full_optimizer_state(param, torch.zeros(9, 6), "momentum_buffer"), "first step"
-        )
+    for one in twins.engine.module.parameters():  # ranks that hold no piece of it too
+        value = torch.zeros(one.shape)
+        refused(lambda p=one, v=value: safe_set_full_optimizer_state(p, v, "momentum_buffer"), "first step")
     twins.engine.destroy()
 
 
@@ -320,14 +347,19 @@ def test_what_is_not_there_yet_cannot_be_set():
 
 def resized():
     twins = Twins(seeded(9, Net))
-    weight = twins.engine.module.first.weight
+    module = twins.engine.module
 
-    def resize():
-        with GatheredParameters(weight, modifier_rank=0):
-            weight.data = torch.zeros(12, 6)
+    def resize(param, *shape):
+        with GatheredParameters(param, modifier_rank=0):
+            param.data = torch.zeros(shape)
 
-    refused(resize, "first.weight", "(12, 6)", "before deepspeed.initialize")
-    twins.engine.destroy()
+    refused(
+        lambda: resize(module.first.weight, 12, 6), "first.weight", "(12, 6)", "before deepspeed.initialize"
+    )
+    refused(lambda: resize(module.first.weight, 6, 9), "first.weight", "(6, 9)", "as before")
+    refused(lambda: resize(module.first.bias, 3, 3), "first.bias", "(3, 3)", "as before")
+    twins.step(loss_of)
+    twins.finish()
 
 
 def test_a_parameter_of_another_size_is_refused():
