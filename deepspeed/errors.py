@@ -5,6 +5,7 @@
     │   └── NotBuiltError     the key is known, its feature is not part of this release
     ├── UsageError            a call at the wrong moment or with the wrong object (also a RuntimeError)
     │   └── LossScaleError    fp16 cannot go on: the loss scale is at its minimum
+    ├── OffloadError          states cannot live where they were sent: disk or host memory (also a RuntimeError)
     ├── CommunicationError    ranks cannot talk, or do not agree (also a RuntimeError)
     └── LaunchError           the launcher cannot start, or a rank failed (also a RuntimeError)
 
@@ -36,6 +37,10 @@ class UsageError(DeepSpeedError, RuntimeError):
 
 class LossScaleError(UsageError):
     """The dynamic loss scale is at its minimum and gradients still overflow."""
+
+
+class OffloadError(DeepSpeedError, RuntimeError):
+    """States cannot be kept on disk or in host memory: full, missing, not writable, cut short, failing."""
 
 
 class CommunicationError(DeepSpeedError, RuntimeError):

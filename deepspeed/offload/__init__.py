@@ -1,0 +1,1 @@
+"""Where states live between uses. Read in this order: `buffers`, `files`, `disk`, `swap`, `aio`."""
