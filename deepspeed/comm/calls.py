@@ -59,6 +59,8 @@ def place(frame: FrameType | None = None) -> str:
         return ""
     inside = [one for one in stack[entry:] if one.f_code.co_filename.startswith(PACKAGE)]
     called = next((one for one in inside if not one.f_code.co_name.startswith("_")), stack[entry])
+    if called.f_code.co_name == "wrapper":  # torch's own, around each collective
+        called = stack[stack.index(called) + 1]
     theirs = [one for one in stack if not one.f_code.co_filename.startswith(("<", *LIBRARIES))]
     text = f"{called.f_code.co_name} at {_line(stack[entry - 1])}"
     return text if not theirs or theirs[-1] is stack[entry - 1] else f"{text}, in {_line(theirs[-1])}"

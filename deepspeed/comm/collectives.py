@@ -175,7 +175,7 @@ def _reduce_scatter_by_torch(
         output.copy_(received)
 
     if work is not None:
-        return direct.DeferredWork([work], what, convert)
+        return direct.DeferredWork([work], what, group, convert)
     convert()
     return None
 

@@ -52,14 +52,16 @@ def is_on_host(group: Any, *tensors: Tensor) -> bool:
 class DeferredWork(dist.Work):
     """Pending operations as one, with a last step that `wait` runs once."""
 
-    def __init__(self, pending: Sequence[Any], what: bytes, finish: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, pending: Sequence[Any], what: bytes, group: Any, finish: Callable[[], None] | None = None
+    ) -> None:
         super().__init__()
-        self._pending, self._what = list(pending), what
+        self._pending, self._what, self._group = list(pending), what, group
         self._finish = finish
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until the data is in place (raises what torch raises on a lost peer or a timeout)."""
-        wait_all(self._pending, self._what, timeout)
+        wait_all(self._pending, self._what, self._group, timeout)
         if self._finish is not None:
             finish, self._finish = self._finish, None
             finish()
@@ -70,8 +72,8 @@ class DeferredWork(dist.Work):
         return self._finish is None and all(work.is_completed() for work in self._pending)
 
 
-def wait_all(pending: list[Any], what: bytes, timeout: timedelta | None = None) -> None:
-    """Wait for every work of `pending`, a part of the call `what`, and empty the list."""
+def wait_all(pending: list[Any], what: bytes, group: Any, timeout: timedelta | None = None) -> None:
+    """Wait for every work of `pending`, a part of the call `what` of `group`, and empty the list."""
     for work in pending:
         guarded(what, work.wait if timeout is None else partial(work.wait, timeout))
     pending.clear()
@@ -84,7 +86,7 @@ def gather(chunks: Sequence[Tensor], mine: Tensor, group: Any, what: bytes = b""
     pending = _exchange(lambda rank: mine, lambda rank: chunks[rank], me, len(chunks), group, what)
     if chunks[me].data_ptr() != mine.data_ptr():
         chunks[me].copy_(mine)
-    return DeferredWork(pending, what)
+    return DeferredWork(pending, what, group)
 
 
 def _exchange(
@@ -140,7 +142,7 @@ class ReduceWork(dist.Work):
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Sum every block as it arrives (raises what torch raises on a lost peer or a timeout)."""
         for index in range(len(self._blocks)):
-            wait_all(self._pending[index], self._what, timeout)
+            wait_all(self._pending[index], self._what, self._group, timeout)
             self._sum(index)
             if index + self._window < len(self._blocks):
                 self._pending.append(self._post(index + self._window))

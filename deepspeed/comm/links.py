@@ -77,7 +77,7 @@ class Links:
         names: Sequence[int] | None = None,
     ) -> None:
         self.rank, self.size = rank, len(sockets) + 1
-        self._names = names or range(self.size)
+        self.names = names or range(self.size)
         self._sockets = sockets
         self._timeout = timeout.total_seconds()
         self._peer_of = {link.fileno(): peer for peer, link in sockets.items()}
@@ -206,8 +206,8 @@ class Links:
         while peer not in self._places and peer not in self._ended and time.monotonic() < until:
             self._receive(self._poll.poll(LOOK / 10))
         sayings = {
-            self._names[self.rank]: readable(mine) + where,
-            self._names[peer]: readable(theirs) + self._places.get(peer, ""),
+            self.names[self.rank]: readable(mine) + where,
+            self.names[peer]: readable(theirs) + self._places.get(peer, ""),
         }
         return disagreement(call, sayings)
 
@@ -215,6 +215,8 @@ class Links:
         """Take signals until the one of `peer` for `call` is here; a peer that ends before its own is named."""
         until = 0.0
         while self._latest[peer] < call:
+            if self._broken is not None:
+                raise self._broken
             for ended in self._ended:
                 self._require(ended, call)
             arrived = self._poll.poll(LOOK)
@@ -223,17 +225,18 @@ class Links:
             until = until or now + self._timeout
             if not arrived and now > until:
                 raise CommunicationError(
-                    f"rank {self._names[peer]} did not reach {self._doing(call)} in {self._timeout:.0f} s; it is stuck"
+                    f"rank {self.names[peer]} did not reach {self.doing(call)} in {self._timeout:.0f} s; it is stuck"
                 )
 
     def _require(self, peer: int, call: int) -> None:
         if self._latest[peer] < call:
-            mine = self._names[self.rank]
+            mine = self.names[self.rank]
             raise CommunicationError(
-                f"rank {self._names[peer]} ended while rank {mine} waited for it in {self._doing(call)}{here()}"
+                f"rank {self.names[peer]} ended while rank {mine} waited for it in {self.doing(call)}{here()}"
             )
 
-    def _doing(self, call: int) -> str:
+    def doing(self, call: int) -> str:
+        """Return the words of a call that some peer has not made yet."""
         return readable(self._said.get(call, b"")) or f"call {call}"
 
     def _receive(self, arrived: list[tuple[int, int]]) -> None:
@@ -277,7 +280,7 @@ class Links:
         try:
             socket.send_fds(self._sockets[peer], [message], descriptors)
         except TimeoutError:
-            raise CommunicationError(f"rank {self._names[peer]} does not read its signals") from None
+            raise CommunicationError(f"rank {self.names[peer]} does not read its signals") from None
 
     def close(self) -> None:
         """Close the sockets; also done when nobody holds the links any more."""

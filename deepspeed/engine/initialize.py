@@ -12,6 +12,7 @@ from torch import nn
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.activation_checkpointing import checkpointing
+from deepspeed.comm.standstill import watch
 from deepspeed.common.logging import log_dist
 from deepspeed.config import load_config, resolve_from_model
 from deepspeed.engine.arguments import check_arguments
@@ -83,6 +84,7 @@ def initialize(
     _destroy_earlier(model)
     if dist_init_required is not False:
         comm.init_distributed(distributed_port=distributed_port, verbose=False)
+    watch()
     _use_own_device()
     log_dist(f"DeepSpeed info: version={__version__}, git-hash=unknown, git-branch=unknown", ranks=[0])
     data_parallel = RankGroup.of(data_parallel_group(mpu=mpu, mesh=mesh_param))

@@ -128,3 +128,18 @@ def test_a_room_is_not_written_while_a_peer_still_reads_it(linked_pair):
     assert [one[0].tolist() for one in chunks] == [[1.0, 2.0], [3.0, 4.0]]
     third = ours.room(8)
     assert third.index in (0, 1)
+
+
+def test_other_words_for_the_same_call_are_an_error_that_stays(linked_pair):
+    ours, theirs = linked_pair
+    shared.SumWhole(theirs, torch.ones(3), dist.ReduceOp.SUM, b"all_reduce of 3 x float32: norm")
+    for words in (b"all_reduce of 2 x float32", b"another call"):
+        with pytest.raises(CommunicationError, match=r"rank 0 is in .*2 x float32.* rank 1 is in .*norm"):
+            shared.SumWhole(ours, torch.ones(2), dist.ReduceOp.SUM, words)
+
+
+def test_a_noted_call_is_compared_with_the_one_that_others_make(linked_pair):
+    ours, theirs = linked_pair
+    theirs.note(b"broadcast")
+    with pytest.raises(CommunicationError, match="rank 1 is in broadcast"):
+        shared.SumWhole(ours, torch.ones(2), dist.ReduceOp.SUM, b"all_reduce").wait()

@@ -1,4 +1,7 @@
-"""Ranks that do not do the same end soon, with an error on each that says who did what."""
+"""Ranks that do not do the same end soon, with an error on each that says who did what.
+
+Paths of the data: "shards" that ranks of one host read alone, "rooms" of memory, "sockets" as between hosts.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,9 @@ from torch import nn
 
 import deepspeed
 from deepspeed import comm
+from deepspeed.comm import links
 
-SOON = 20.0  # seconds that a loaded machine gets
+SOON = 60.0  # seconds that a loaded machine gets
 RANKS = 2
 
 
@@ -82,14 +86,33 @@ def one_goes_to_a_barrier(engine, rank, folder):
     comm.barrier(label="end of the epoch")
 
 
-def run_ranks(case: Callable, folder: Path, *, stage: int, alone: bool) -> list[tuple[int, str]]:
+def one_goes_to_torchs_barrier(engine, rank, folder):
+    train(engine, steps=3 - rank)
+    dist.barrier()
+
+
+def one_gathers_objects(engine, rank, folder):
+    train(engine, steps=3 - rank)
+    dist.all_gather_object([None, None], rank)
+
+
+def everybody_meets_late(engine, rank, folder):
+    if rank == 1:
+        time.sleep(7)  # it loads, evaluates, compiles
+    dist.barrier()
+    train(engine)
+
+
+def run_ranks(case: Callable, folder: Path, *, stage: int, path: str) -> list[tuple[int, str]]:
     """Run a case on real processes; return each rank's exit code and what it printed."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed", "deepspeed.engine.initialize", "collectives"])
+    context.set_forkserver_preload(
+        ["torch", "deepspeed", "torch._dynamo", "deepspeed.engine.initialize", "collectives"]
+    )
     port = free_port()
     logs = [folder / f"{rank}.txt" for rank in range(RANKS)]
     ranks = [
-        context.Process(target=_rank, args=(rank, port, case, stage, alone, str(folder)))
+        context.Process(target=_rank, args=(rank, port, case, stage, path, str(folder)))
         for rank in range(RANKS)
     ]
     for process in ranks:
@@ -106,7 +129,7 @@ def run_ranks(case: Callable, folder: Path, *, stage: int, alone: bool) -> list[
     return [(process.exitcode, text) for process, text in zip(ranks, said, strict=True)]
 
 
-def _rank(rank: int, port: int, case: Callable, stage: int, alone: bool, folder: str) -> None:
+def _rank(rank: int, port: int, case: Callable, stage: int, path: str, folder: str) -> None:
     with open(f"{folder}/{rank}.txt", "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -114,7 +137,9 @@ def _rank(rank: int, port: int, case: Callable, stage: int, alone: bool, folder:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     torch.manual_seed(0)
-    with nullcontext() if alone else gathers_are_collectives():
+    if path == "sockets":
+        links._listen = lambda size: None
+    with nullcontext() if path == "shards" else gathers_are_collectives():
         engine, *_ = deepspeed.initialize(
             model=TwoWays(),
             config={
@@ -126,9 +151,7 @@ def _rank(rank: int, port: int, case: Callable, stage: int, alone: bool, folder:
         case(engine, rank, folder)
 
 
-WAYS = pytest.mark.parametrize(
-    ("stage", "alone"), [(2, True), (3, True), (3, False)], ids=["stage2", "stage3", "stage3-collectives"]
-)
+WAYS = pytest.mark.parametrize(("stage", "path"), [(2, "rooms"), (3, "shards"), (3, "rooms")])
 
 
 @WAYS
@@ -144,8 +167,8 @@ WAYS = pytest.mark.parametrize(
     ],
     ids=["skip-backward", "save-alone", "barrier"],
 )
-def test_another_call_on_one_rank_is_an_error_on_both_that_names_both(case, said, stage, alone, tmp_path):
-    for code, text in run_ranks(case, tmp_path, stage=stage, alone=alone):
+def test_another_call_on_one_rank_is_an_error_on_both_that_names_both(case, said, stage, path, tmp_path):
+    for code, text in run_ranks(case, tmp_path, stage=stage, path=path):
         assert code == 1
         last = text.strip().splitlines()[-1]
         assert last.startswith("deepspeed.errors.CommunicationError: ranks disagree about call")
@@ -158,8 +181,8 @@ def test_another_call_on_one_rank_is_an_error_on_both_that_names_both(case, said
     [(one_raises, 1), (one_is_killed, -signal.SIGKILL), (one_runs_out_of_data, 0)],
     ids=["raise", "kill", "out-of-data"],
 )
-def test_a_rank_that_ends_is_named_by_the_one_that_waits_for_it(case, expected, stage, alone, tmp_path):
-    (code, text), (other, _) = run_ranks(case, tmp_path, stage=stage, alone=alone)
+def test_a_rank_that_ends_is_named_by_the_one_that_waits_for_it(case, expected, stage, path, tmp_path):
+    (code, text), (other, _) = run_ranks(case, tmp_path, stage=stage, path=path)
     assert other == expected
     assert code == 1
     assert "CommunicationError: rank 1 ended while rank 0 waited for it in" in text
@@ -169,12 +192,45 @@ def test_a_rank_that_ends_is_named_by_the_one_that_waits_for_it(case, expected, 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_ranks_that_read_each_others_shards_may_take_different_branches(stage, tmp_path):
-    assert [code for code, _ in run_ranks(different_branches, tmp_path, stage=stage, alone=True)] == [0, 0]
+    assert [code for code, _ in run_ranks(different_branches, tmp_path, stage=stage, path="shards")] == [0, 0]
 
 
-def test_different_branches_are_named_where_gathers_are_collectives(tmp_path):
-    for code, text in run_ranks(different_branches, tmp_path, stage=3, alone=False):
-        last = text.strip().splitlines()[-1]
+@pytest.mark.parametrize("path", ["rooms", "sockets"])
+def test_different_branches_are_named_where_gathers_are_collectives(path, tmp_path):
+    for code, text in run_ranks(different_branches, tmp_path, stage=3, path=path):
         assert code == 1
-        assert "rank 0 is in all_gather_single of 64 x float32: left (forward at test_ranks" in last
-        assert "rank 1 is in all_gather_single of 64 x float32: right (forward at test_ranks" in last
+        assert "rank 0 is in all_gather_single of 64 x float32: left (forward at test_ranks" in text
+        assert "rank 1 is in all_gather_single of 64 x float32: right (forward at test_ranks" in text
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [(one_raises, "another rank ended"), (one_saves_alone, "(save_16bit_model at test_ranks_disagree.py")],
+    ids=["raise", "save-alone"],
+)
+def test_ranks_that_meet_over_sockets_say_as_much(case, said, tmp_path):
+    (code, text), (other, _) = run_ranks(case, tmp_path, stage=3, path="sockets")
+    assert (code, other) == (1, 1)
+    assert said in text
+    assert "all_gather_single of 64 x float32: stem (forward at test_ranks_disagree.py" in text
+
+
+@WAYS
+@pytest.mark.parametrize(
+    "case", [one_goes_to_torchs_barrier, one_gathers_objects], ids=["barrier", "objects"]
+)
+def test_ranks_that_wait_for_each_other_in_other_ways_say_so(case, stage, path, tmp_path):
+    call = (
+        "torch.distributed.barrier (barrier"
+        if "barrier" in case.__name__
+        else "torch.distributed.all_gather_object ("
+    )
+    for code, text in run_ranks(case, tmp_path, stage=stage, path=path):
+        assert code == 1
+        assert "CommunicationError: ranks wait for each other: rank 0 is in" in text
+        assert f"rank 1 is in {call}" in text
+
+
+def test_a_slow_rank_is_waited_for(tmp_path):
+    ends = run_ranks(everybody_meets_late, tmp_path, stage=3, path="shards")
+    assert [code for code, _ in ends] == [0, 0]

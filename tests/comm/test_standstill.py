@@ -1,0 +1,63 @@
+"""Ranks that wait for each other are told apart from ranks that wait."""
+
+import gc
+import os
+import sys
+import threading
+
+from harness import on_ranks
+from toys import make_toy
+
+import deepspeed
+from deepspeed.comm.standstill import Wait, stuck, waiting, watch
+
+HERE, THERE = Wait("barrier", (0, 1, 2)), Wait("all_reduce", (0, 1, 2))
+
+
+def test_ranks_in_one_call_are_not_stuck():
+    assert not stuck({0: HERE, 1: HERE, 2: HERE})
+
+
+def test_ranks_in_two_calls_of_one_group_are_stuck():
+    assert stuck({0: HERE, 1: HERE, 2: THERE}) == {0, 1, 2}
+
+
+def test_calls_of_groups_apart_do_not_meet():
+    left, right = Wait("all_reduce", (0, 1)), Wait("barrier", (2, 3))
+    assert not stuck({0: left, 1: left, 2: right, 3: right})
+
+
+def test_who_waits_for_one_that_can_go_on_is_not_stuck():
+    first, second = Wait("all_reduce", (0, 1)), Wait("barrier", (1, 2))
+    assert not stuck({0: first, 1: second, 2: second})
+
+
+def test_a_circle_over_groups_is_stuck():
+    waits = {0: Wait("a", (0, 1)), 1: Wait("b", (1, 2)), 2: Wait("c", (2, 0))}
+    assert stuck(waits) == {0, 1, 2}
+
+
+def test_who_computes_does_not_wait():
+    assert waiting(sys._getframe()) is None
+
+
+@on_ranks(2)
+def test_one_thread_looks_however_many_engines_there_are():
+    def once() -> None:
+        deepspeed.initialize(
+            model=make_toy(),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "optimizer": {"type": "AdamW"},
+                "zero_optimization": {"stage": 3},
+            },
+        )
+        gc.collect()
+
+    once()
+    watch()
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        once()
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) <= descriptors + 2
