@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import deepspeed
 from deepspeed.errors import UsageError
+from deepspeed.zero import GatheredParameters
 
 LossOf = Callable[[nn.Module, int], Tensor]
 """(model, rank) -> the loss of that rank's data."""
@@ -33,7 +34,8 @@ class Twins:
     """
 
     def __init__(self, model: nn.Module, *, stage: int = 3, gas: int = 1, lr: float = 0.1, **zero) -> None:
-        self.plain = copy.deepcopy(model)
+        with GatheredParameters(model.parameters()):  # of one that was born sharded
+            self.plain = copy.deepcopy(model)
         self.gas = gas
         self.sgd = torch.optim.SGD(self.plain.parameters(), lr=lr, momentum=0.9)
         trained = [param for param in model.parameters() if param.requires_grad]

@@ -6,6 +6,10 @@ parameters it made become units of one parameter each, with the first rank's val
 later in the context (an initialiser of the parent, a copy of a layer) sees them whole, and the first rank's
 changes count. The engine regroups these units into its own, one at a time.
 
+An initialiser may take a view and write to it next (``nn.init.orthogonal_``, ``weight[0].fill_(1)``). So a unit of
+which a view was taken stays whole until the running constructor ends, another begins, or views of a few more
+units have been taken.
+
 The constructors of tensors are wrapped too, so that parameters are made in the dtype and on the device that
 training will use. Outside of a ``with`` block nothing of torch is changed.
 """
@@ -17,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from deepspeed import comm
@@ -34,6 +39,9 @@ from deepspeed.zero.unit import Unit, arena_for, refuse
 
 TRIM_EVERY = 32 * 2**20
 """Bytes of parameters made on the host after which the heap's holes, left by whole ones, go back to the system."""
+
+LENT = 4
+"""Units that stay whole for views of them."""
 
 CONSTRUCTORS = ("tensor", "empty", "zeros", "ones", "full", "arange", "eye", "rand", "randn")
 
@@ -87,6 +95,7 @@ class Init:
         self._entered: Construction | None = None
         if not enabled:
             return
+        _check_kinds(module, data_parallel_group or sequence_data_parallel_group, mpu, dtype)
         _refuse_unbuilt(
             remote_device, param_swapper, zero_quantized_weights or zero_quantized_nontrainable_weights
         )
@@ -119,7 +128,7 @@ class Init:
 
     def __exit__(self, *error: Any) -> None:
         if self._entered is not None:
-            self._entered.end()
+            self._entered.end(*error)
             self._entered = None
 
 
@@ -134,6 +143,7 @@ class Construction:
         self._under_way: list[nn.Module] = []
         self._units: list[Unit] = []
         self._untrimmed = 0
+        self._lent: list[GatheredParameters] = []
 
     def begin(self) -> None:
         """Wrap the constructors of tensors and modules."""
@@ -141,28 +151,46 @@ class Construction:
         constructors.patch_tensors(CONSTRUCTORS, _tensor_wrapper(), dtype, self._device)
         constructors.patch_modules(self._around)
 
-    def end(self) -> None:
-        """Take the wrappers off."""
+    def end(self, *error: Any) -> None:
+        """Take the wrappers off; with an error, nobody waits for the other ranks any more."""
         constructors.unpatch()
+        self._take_back(0, *error)
+        self._close()
+
+    def _close(self) -> None:
         for unit in self._units:
             unit.demand = refuse
+            unit.lend = None
+
+    def _lend(self, unit: Unit) -> None:
+        """Keep a unit whole for a view of it."""
+        self._take_back(LENT - 1)
+        context = _first_rank_decides(unit)
+        self._lent.append(context)
+        context.__enter__()
+
+    def _take_back(self, keep: int = 0, kind: Any = None, *error: Any) -> None:
+        """Release units whose views have been written to, all but the latest."""
+        while len(self._lent) > keep:
+            self._lent.pop(0).__exit__(kind, *error)
 
     def _around(self, module: nn.Module, construct: Callable[[], None]) -> None:
         """Run a constructor; shard what it made when the outermost one for this module returns."""
         outermost = not any(one is module for one in self._under_way)
+        self._take_back()
         self._under_way.append(module)
         try:
             construct()
         finally:
             self._under_way.pop()
+        self._take_back()
         if outermost:
             self._shard(module.__class__.__name__, module.named_parameters(recurse=bool(not self._under_way)))
 
     def shard_all(self, module: nn.Module) -> None:
         """Shard a finished module."""
         self._shard("", module.named_parameters())
-        for unit in self._units:
-            unit.demand = refuse
+        self._close()
 
     def _shard(self, prefix: str, named: Iterator[tuple[str, nn.Parameter]]) -> None:
         for name, param in list(named):
@@ -181,7 +209,7 @@ class Construction:
             arena=self._arena,
             meter=self._meter,
         )
-        unit.demand = _first_rank_decides
+        unit.demand, unit.lend = _first_rank_decides, self._lend
         unit.may_resize = True
         self._units.append(unit)
         self._untrimmed += unit.layout.total * unit.flat.element_size()
@@ -198,6 +226,20 @@ def _tensor_wrapper() -> Callable[..., Any]:
 
 def _first_rank_decides(unit: Unit) -> GatheredParameters:
     return GatheredParameters(unit.params, modifier_rank=unit.sharding.everyone.first_rank)
+
+
+def _check_kinds(module: Any, group: Any, mpu: Any, dtype: Any) -> None:
+    problem = None
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        problem = f"dtype: expected a floating-point torch.dtype, got {dtype!r}"
+    elif module is not None and not isinstance(module, nn.Module):
+        problem = f"module: expected a torch.nn.Module, got {type(module).__name__}"
+    elif mpu is not None and not hasattr(mpu, "get_data_parallel_group"):
+        problem = f"mpu: expected an object with get_data_parallel_group, got {mpu!r}"
+    elif group is not None and not isinstance(group, dist.ProcessGroup):
+        problem = f"data_parallel_group: expected a process group, got {group!r}"
+    if problem:
+        raise ConfigError(f"zero.Init: {problem}")
 
 
 def _refuse_unbuilt(remote_device: str | None, param_swapper: Any, quantised: bool) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from deepspeed.common.nested import tensors_in
 from deepspeed.errors import UsageError
 from deepspeed.zero.slot import Slot
 
@@ -141,8 +142,16 @@ class ReleasedParameter(ShardedParameter):
         answer = _answer(func, args, kwargs)
         if answer is not VALUES_NEEDED:
             return answer
-        with _all_whole(_released_among((args, kwargs)), func):
-            return func(*args, **kwargs)
+        with _all_whole(_released_among((args, kwargs)), func) as units:
+            return _lent(func(*args, **kwargs), units)
+
+    def as_subclass(self, cls: type) -> Any:
+        """Refuse: torch asks nobody about this one."""
+        raise _refusal([self], "as_subclass")
+
+    def set_(self, *_: Any, **__: Any) -> Any:
+        """Refuse: torch asks nobody about this one."""
+        raise _refusal([self], "set_")
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Parameter {self.ds_slot.name} of shape {tuple(self.ds_shape)}, released"
@@ -179,8 +188,11 @@ class Alias(Tensor):
         answer = _answer(func, args, kwargs)
         if answer is not VALUES_NEEDED:
             return answer
-        with _all_whole(_released_among((args, kwargs)), func), torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+        with (
+            _all_whole(_released_among((args, kwargs)), func) as units,
+            torch._C.DisableTorchFunctionSubclass(),
+        ):
+            return _lent(func(*args, **kwargs), units)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Tensor of {self.ds_slot.name}, shape {tuple(self.shape)}, released"
@@ -239,19 +251,33 @@ class _all_whole:
     def __init__(self, released: Iterable[Any], func: Callable[..., Any]) -> None:
         self._contexts = []
         tensors = list(released)
-        for unit in _units(tensors):
+        self._units = _units(tensors)
+        for unit in self._units:
             context = unit.demand(unit)
             if context is None:
                 raise _refusal([one for one in tensors if one.ds_slot.unit is unit], _name_of(func))
             self._contexts.append(context)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> list[Unit]:
         for context in self._contexts:
             context.__enter__()
+        return self._units
 
     def __exit__(self, *error: Any) -> None:
         for context in reversed(self._contexts):
             context.__exit__(*error)
+
+
+def _lent(result: Any, units: list[Unit]) -> Any:
+    """Return the result of an operation, having told the units that it is a view of."""
+    for unit in units:
+        if unit.lend is not None and any(_is_view(one, unit) for one in tensors_in(result)):
+            unit.lend(unit)
+    return result
+
+
+def _is_view(tensor: Tensor, unit: Unit) -> bool:
+    return tensor.layout == torch.strided and tensor.untyped_storage()._cdata == unit.memory.key
 
 
 def _refusal(tensors: list[Any], action: str) -> UsageError:

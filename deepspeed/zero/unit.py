@@ -70,6 +70,7 @@ class Unit:
         label: what errors between ranks call it.
         may_resize: whether its one parameter may take another size: no engine has laid it out yet.
         demand: asked when a released parameter is used; gives a context in which it is whole, or None.
+        lend: told when what such a use gives is a view of the unit, which may be written to later.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Unit:
         self.is_whole = self.is_open = True
         self.first_id = _numbers(len(named))
         self.demand: Demand = refuse
+        self.lend: Callable[[Unit], None] | None = None
         self.may_resize = False
         self._block: Block | None = None
         self._work: list[dist.Work] = []
