@@ -41,6 +41,7 @@ from deepspeed.errors import CommunicationError
 SIGNAL = struct.Struct("<cQQQ")  # kind, number of the call, room, bytes of the room; then the call's words
 READY, DONE, SHARE, NOTE, PLACE = b"r", b"d", b"s", b"n", b"p"
 LOOK = 1000  # milliseconds between two looks at how long a wait lasts
+KEPT = 32  # words of calls to keep before looking which are of use no more
 MANNERS = 2.0  # seconds for a peer that makes another call to say where
 PAGE = mmap.PAGESIZE
 PATIENCE = 60.0  # seconds for all ranks of a group to connect
@@ -182,9 +183,9 @@ class Links:
             self._compare(peer, self._calls, theirs)
         if self._broken is not None:
             raise self._broken
-        everywhere = min(self._latest.values())
-        while self._said and (oldest := next(iter(self._said))) <= everywhere:
-            del self._said[oldest]
+        if len(self._said) > KEPT:
+            everywhere = min(self._latest.values())
+            self._said = {number: said for number, said in self._said.items() if number > everywhere}
 
     def _compare(self, peer: int, call: int, theirs: bytes) -> None:
         mine = self._said.get(call)
@@ -219,11 +220,13 @@ class Links:
                 raise self._broken
             for ended in self._ended:
                 self._require(ended, call)
-            arrived = self._poll.poll(LOOK)
-            self._receive(arrived)
+            arrived = self._poll.poll(min(LOOK, 1000 * self._timeout))
+            if arrived:
+                self._receive(arrived)
+                continue
             now = time.monotonic()
             until = until or now + self._timeout
-            if not arrived and now > until:
+            if now >= until:
                 raise CommunicationError(
                     f"rank {self.names[peer]} did not reach {self.doing(call)} in {self._timeout:.0f} s; it is stuck"
                 )
