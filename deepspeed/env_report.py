@@ -10,17 +10,16 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
 from rich.box import ROUNDED
-from rich.console import Console, RenderableType
 from rich.table import Table
 
 from deepspeed.accelerator import get_accelerator
+from deepspeed.common.tables import show
 from deepspeed.config import load_config
 from deepspeed.config.report import render_config
 from deepspeed.errors import ConfigError, DeepSpeedError
@@ -43,8 +42,6 @@ OPTIONAL = {
 
 SPEAKING = ("DS_", "DEEPSPEED_", "OMP_", "MKL_", "CUDA_", "NCCL_", "GLOO_", "TORCH", "CXX", "MASTER_")
 """Beginnings of names of environment variables that change what happens."""
-
-PLAIN_WIDTH = 160
 
 Rows = Iterable[tuple[str, str]]
 
@@ -205,16 +202,6 @@ def table(title: str, rows: Rows) -> Table:
     for name, value in rows:
         made.add_row(name, value)
     return made
-
-
-def show(part: RenderableType) -> None:
-    """Print a part of the report."""
-    if sys.stdout.isatty():
-        Console(highlight=False, markup=False).print(part)
-        return
-    buffer = StringIO()
-    Console(file=buffer, width=PLAIN_WIDTH, highlight=False, markup=False).print(part)
-    print("\n".join(line.rstrip() for line in buffer.getvalue().splitlines()), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,8 @@ def test_closing_a_file_waits_for_its_requests(disk, tmp_path):
 
 
 def test_descriptors_and_threads_do_not_grow(tmp_path):
+    gc.collect()  # disks of the tests before
+
     def once():
         disk, file = Disk(block_size=4096, queue_depth=4, threads=2), DataFile(tmp_path / "data")
         disk.write(file, 0, noise(100_000)).wait()
@@ -184,11 +186,12 @@ def test_descriptors_and_threads_do_not_grow(tmp_path):
 
 
 def test_a_forgotten_disk_ends_its_threads():
+    gc.collect()  # disks of the tests before
     before = threading.active_count()
     disk = Disk()
     disk._pool.submit(int).result()
     assert threading.active_count() > before
-    threads = [one for one in threading.enumerate() if one.name.startswith("deepspeed-disk")]
+    threads = list(disk._pool._threads)
     del disk
     gc.collect()
     for one in threads:
