@@ -133,6 +133,26 @@ def test_lora_and_saved_modules_at_the_other_stages_and_on_one_rank(ranks, stage
     run_on_ranks(ranks, trains_like_plain, "saved", "llama", stage)
 
 
+def recomputes(reentrant):
+    def build():
+        model = peft_model("saved")
+        model.enable_input_require_grads()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the name that most scripts still use
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        return model
+
+    twins = Twins(seeded(1, build), lr=0.05)
+    for _ in range(3):
+        twins.step(loss_of)
+    twins.finish(tolerance=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_an_adapter_with_gradient_checkpointing(reentrant):
+    run_on_ranks(2, recomputes, reentrant)
+
+
 def saves_complete_adapters(kind, stage, folder):
     twins = Twins(seeded(1, lambda: peft_model(kind)), stage=stage, lr=0.05)
     twins.step(loss_of)
