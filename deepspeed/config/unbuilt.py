@@ -37,8 +37,8 @@ class Unbuilt:
         return path != self.path and any(fnmatchcase(path, one) for one in (*beside, *self.settings))
 
 
-def _offloads(device: Any) -> bool:
-    return device not in (None, "none")
+def _on_disk(device: Any) -> bool:
+    return bool(device == "nvme")
 
 
 def _above(low: int) -> Callable[[Any], bool]:
@@ -67,13 +67,7 @@ def _techniques() -> list[Unbuilt]:
 
 ZERO = "zero_optimization"
 TABLE = [
-    Unbuilt(f"{ZERO}.offload_param.device", "offload", _offloads, settings=(f"{ZERO}.offload_param.*",)),
-    Unbuilt(
-        f"{ZERO}.offload_optimizer.device",
-        "offload",
-        _offloads,
-        settings=(f"{ZERO}.offload_optimizer.*", "aio.*"),
-    ),
+    Unbuilt(f"{ZERO}.offload_param.device", "parameters on disk", _on_disk),
     Unbuilt(f"{ZERO}.offload_optimizer.super_offload", "SuperOffload"),
     Unbuilt(f"{ZERO}.zenflow", "ZenFlow", _given, settings=(f"{ZERO}.zenflow.*",)),
     Unbuilt(f"{ZERO}.zero_quantized_weights", "quantised gathers"),

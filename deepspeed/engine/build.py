@@ -15,11 +15,13 @@ from torch import nn
 
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.agreement import raise_together
 from deepspeed.config import DeepSpeedConfig, resolve_scheduler
 from deepspeed.config.batch import BatchSizes
 from deepspeed.data import DeepSpeedDataLoader
 from deepspeed.engine.feature import Feature
 from deepspeed.engine.features import make_features
+from deepspeed.engine.offload import disk_for_optimizer
 from deepspeed.engine.optimizers import choose_optimizer
 from deepspeed.engine.sharding import ShardedModule, choose_sharding, shard_module
 from deepspeed.errors import ConfigError
@@ -85,7 +87,9 @@ def build_parts(
     policy = precision_policy(settings, module)
     sharding = choose_sharding(settings, data_parallel)
     inner = choose_optimizer(module, settings, client_optimizer, model_parameters)
-    sharded = shard_module(module, inner, settings, policy, sharding, device)
+    tier = None if inner is None else disk_for_optimizer(settings, data_parallel)
+    sharded = shard_module(module, inner, settings, policy, sharding, device, tier)
+    raise_together(sharded.states.failure, data_parallel.process_group)
     optimizer = reducer = None
     if inner is not None:
         reducer, optimizer = _make_optimizer(inner, sharded, settings, policy, data_parallel, device)
@@ -168,7 +172,13 @@ def _make_optimizer(
     if mean:
         predivide = data_parallel.size if settings.prescale_gradients else settings.gradient_predivide_factor
     in_flight = 1 if zero.overlap_comm is False else 2
-    reducer = Reducer(sharded.trained, device, predivide=predivide, in_flight=in_flight)
+    reducer = Reducer(
+        sharded.trained,
+        device,
+        landing_place=sharded.states.landing_place,
+        predivide=predivide,
+        in_flight=in_flight,
+    )
     rules = StepRules(
         clip=settings.gradient_clipping,
         divide_by=(data_parallel.size if mean else 1) / predivide,
@@ -182,7 +192,7 @@ def _make_optimizer(
         data_parallel=data_parallel,
         rules=rules,
         scaler=create_loss_scaler(settings.fp16, enabled=policy.loss_scaled),
-        whole_parameters=sharded.whole_parameters,
+        states=sharded.states,
         gatherer=sharded.gatherer,
     )
     return reducer, optimizer

@@ -10,6 +10,7 @@ from torch import nn
 from deepspeed.config import DeepSpeedConfig
 from deepspeed.engine.optimizers import leaf_kind
 from deepspeed.errors import ConfigError
+from deepspeed.offload.tier import DiskTier
 from deepspeed.precision.policy import PrecisionPolicy
 from deepspeed.zero.gatherer import Gatherer, GatherLimits
 from deepspeed.zero.grouping import NamedParameter
@@ -18,6 +19,7 @@ from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.partition import UnitPlan, make_units
 from deepspeed.zero.slot import slot_of, trained_slot
 from deepspeed.zero.stage import RankGroup, Sharding, sharding_for_stage
+from deepspeed.zero.states import TILE, LeafStates
 from deepspeed.zero.unit import Unit, arena_for
 
 
@@ -28,13 +30,13 @@ class ShardedModule:
     Attributes:
         units: all of them.
         trained: those that the optimizer updates.
-        whole_parameters: whether every parameter lies inside one shard.
+        states: where the optimizer's states of them will be.
         gatherer: brings in what is released between uses; None where nothing is.
     """
 
     units: list[Unit]
     trained: list[Unit]
-    whole_parameters: bool
+    states: LeafStates
     gatherer: Gatherer | None
 
 
@@ -56,6 +58,7 @@ def shard_module(
     policy: PrecisionPolicy,
     sharding: Sharding,
     device: torch.device,
+    tier: DiskTier | None = None,
 ) -> ShardedModule:
     """Lay the parameters out: the trained ones, and at stage 3 or after ``zero.Init`` the others too."""
     groups = [] if inner is None else inner.param_groups
@@ -68,18 +71,24 @@ def shard_module(
     _check_real(named if sharding.marks_parameters else trained)
     whole_parameters = inner is not None and leaf_kind(inner, sharding) == "whole"
     meter = GatherMeter()
+    states = LeafStates(
+        tier,
+        whole_parameters=whole_parameters,
+        tile=min(TILE, settings.zero_optimization.sub_group_size),
+    )
     units = make_units(
         [pair for pair in named if id(pair[1]) in group_index or _is_laid_out(pair[1], sharding)],
         _plan(module, settings, policy, sharding, device, whole_parameters),
         group_index=group_index,
         arena=arena_for(sharding, device),
         meter=meter,
+        receive=states.receive,
     )
     gatherer = None
     if sharding.marks_parameters:
         gatherer = Gatherer(module, units, _limits(settings), meter)
     updated = [unit for unit in units if id(unit.params[0]) in group_index]
-    return ShardedModule(units, updated, whole_parameters, gatherer)
+    return ShardedModule(units, updated, states, gatherer)
 
 
 def _is_laid_out(param: nn.Parameter, sharding: Sharding) -> bool:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from deepspeed import comm
 from deepspeed.errors import UsageError
-from deepspeed.zero.leaves import Leaf
 from deepspeed.zero.slot import TrainedSlot, trained_slot
-from deepspeed.zero.unit import Unit
+from deepspeed.zero.unit import Unit, VisitRange
 
 
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
@@ -25,7 +25,7 @@ def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     if slot is None:
         return None
     slot.unit.adopt_edits()
-    return _whole(slot, slot.unit.master)
+    return _assemble(slot, _read(slot, slot.unit.visit_master))
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
@@ -34,7 +34,7 @@ def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     _check_shape(param, value)
     with torch.no_grad(), _changing(slot.unit):
         slot.unit.write(slot.index, value)
-        _write(slot, slot.unit.master, value)
+        _write_whole(slot, slot.unit.visit_master, value)
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
@@ -43,18 +43,18 @@ def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
     None if the parameter is not trained, or nothing was reduced since the last step.
     """
     slot = trained_slot(param)
-    if slot is None or slot.gradients.shard is None:
+    if slot is None or slot.gradients.landed.is_empty:
         return None
-    return _whole(slot, slot.gradients.shard) / slot.optimizer.gradient_divisor
+    return _assemble(slot, _read(slot, slot.gradients.landed.visit)) / slot.optimizer.gradient_divisor
 
 
 def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
     """Set the gradient that the next step will use; `value` is unscaled and has the parameter's shape."""
     slot = _trained(param)
     _check_shape(param, value)
-    if slot.gradients.shard is None:
+    if slot.gradients.landed.is_empty:
         raise UsageError("safe_set_full_grad: there is no gradient yet; call it between backward and step")
-    _write(slot, slot.gradients.shard, value * slot.optimizer.gradient_divisor)
+    _write_whole(slot, slot.gradients.landed.visit, value * slot.optimizer.gradient_divisor)
 
 
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
@@ -62,7 +62,7 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
     slot = trained_slot(param)
     if slot is None:
         return None
-    local = _local_state(slot, optim_state_key)
+    local = _read(slot, _state(slot, optim_state_key))
     return _assemble(slot, local) if _anywhere(slot, local is not None) else None
 
 
@@ -70,20 +70,18 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
     """Set one state tensor of a parameter; `value` has the parameter's shape."""
     slot = _trained(param)
     _check_shape(param, value)
-    local, piece = _local_state(slot, optim_state_key), slot.my_piece()
-    if not _anywhere(slot, local is not None):
+    written = _write_whole(slot, _state(slot, optim_state_key), value)
+    if not _anywhere(slot, written):
         raise UsageError(
             f"safe_set_full_optimizer_state: there is no {optim_state_key} of {slot.name} yet; states are made "
             "by the first step"
         )
-    if local is not None and piece is not None:
-        local.copy_(value.reshape(-1)[piece.param_start : piece.param_stop])
 
 
 def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor | None:
     """Return this rank's piece of the master weight (flat), None where it has none."""
     slot = trained_slot(param)
-    return None if slot is None else _local(slot, slot.unit.master)
+    return None if slot is None else _read(slot, slot.unit.visit_master)
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
@@ -91,41 +89,38 @@ def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     slot = _trained(param)
     unit = slot.unit
     with torch.no_grad(), _changing(unit):
-        for shard in (unit.master, unit.mine):
-            local = _local(slot, shard)
-            if local is not None:
-                local.copy_(value.reshape(-1))
+        _write(slot, unit.visit_master, value.reshape(-1))
+        piece = slot.my_piece()
+        if piece is not None:
+            unit.mine[piece.shard_start : piece.shard_stop] = value.reshape(-1)
         unit.publish()
 
 
 def safe_get_local_grad(param: nn.Parameter) -> Tensor | None:
     """Return this rank's piece of the gradient (flat, averaged and unscaled), None where it has none."""
     slot = trained_slot(param)
-    if slot is None or slot.gradients.shard is None:
+    if slot is None or slot.gradients.landed.is_empty:
         return None
-    local = _local(slot, slot.gradients.shard)
+    local = _read(slot, slot.gradients.landed.visit)
     return None if local is None else local.float() / slot.optimizer.gradient_divisor
 
 
 def safe_set_local_grad(param: nn.Parameter, value: Tensor) -> None:
     """Set this rank's piece of the gradient (flat, unscaled)."""
     slot = _trained(param)
-    local = None if slot.gradients.shard is None else _local(slot, slot.gradients.shard)
-    if local is not None:
-        local.copy_(value.reshape(-1) * slot.optimizer.gradient_divisor)
+    _write(slot, slot.gradients.landed.visit, value.reshape(-1) * slot.optimizer.gradient_divisor)
 
 
 def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
     """Return this rank's piece of a state tensor (flat), None where it has none."""
     slot = trained_slot(param)
-    return None if slot is None else _local_state(slot, optim_state_key)
+    return None if slot is None else _read(slot, _state(slot, optim_state_key))
 
 
 def safe_set_local_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
     """Set this rank's piece of a state tensor (flat)."""
-    local = _local_state(_trained(param), optim_state_key)
-    if local is not None:
-        local.copy_(value.reshape(-1))
+    slot = _trained(param)
+    _write(slot, _state(slot, optim_state_key), value.reshape(-1))
 
 
 @contextmanager
@@ -149,30 +144,34 @@ def _check_shape(param: nn.Parameter, value: Tensor) -> None:
         raise UsageError(f"value: expected shape {tuple(param.shape)}, got {tuple(value.shape)}")
 
 
-def _local(slot: TrainedSlot, shard: Tensor) -> Tensor | None:
-    piece = slot.my_piece()
-    return None if piece is None else shard[piece.shard_start : piece.shard_stop]
+def _state(slot: TrainedSlot, key: str) -> VisitRange:
+    return partial(slot.optimizer.states.visit_state, slot.unit, key)
 
 
-def _local_state(slot: TrainedSlot, key: str) -> Tensor | None:
+def _read(slot: TrainedSlot, visit: VisitRange) -> Tensor | None:
+    """Return a copy of the parameter's piece of a shard (flat), None where this rank has none."""
     piece = slot.my_piece()
     if piece is None:
         return None
-    leaf = _leaf_with(slot, piece.shard_start)
-    value = slot.optimizer.state.get(leaf.tensor, {}).get(key)
-    if not isinstance(value, Tensor) or value.numel() != leaf.tensor.numel():
-        return None
-    start = piece.shard_start - leaf.start
-    return value.view(-1)[start : start + piece.numel]
+    parts = [part.clone() for _, part in visit(piece.shard_start, piece.shard_stop)]
+    return torch.cat(parts) if parts else None
 
 
-def _leaf_with(slot: TrainedSlot, position: int) -> Leaf:
-    leaves = slot.optimizer.leaves_of(slot.unit)
-    return next(leaf for leaf in leaves if leaf.start <= position < leaf.stop)
+def _write(slot: TrainedSlot, visit: VisitRange, value: Tensor) -> bool:
+    """Set the parameter's piece of a shard to `value` (flat, of the piece's size); return whether it is there."""
+    piece, found = slot.my_piece(), False
+    if piece is not None:
+        for start, part in visit(piece.shard_start, piece.shard_stop, changed=True):
+            offset = start - piece.shard_start
+            part.copy_(value[offset : offset + part.numel()])
+            found = True
+    return found
 
 
-def _whole(slot: TrainedSlot, shard: Tensor) -> Tensor:
-    return _assemble(slot, _local(slot, shard))
+def _write_whole(slot: TrainedSlot, visit: VisitRange, value: Tensor) -> bool:
+    """Set the parameter's piece of a shard from the whole value."""
+    piece = slot.my_piece()
+    return piece is not None and _write(slot, visit, value.reshape(-1)[piece.param_start : piece.param_stop])
 
 
 def _assemble(slot: TrainedSlot, local: Tensor | None) -> Tensor:
@@ -195,9 +194,3 @@ def _anywhere(slot: TrainedSlot, present: bool) -> bool:
     flag = torch.tensor(float(present), device=slot.unit.flat.device)
     comm.all_reduce(flag, group=group.process_group, label=slot.unit.names[slot.index])
     return bool(flag > 0)
-
-
-def _write(slot: TrainedSlot, shard: Tensor, value: Tensor) -> None:
-    piece = slot.my_piece()
-    if piece is not None:
-        shard[piece.shard_start : piece.shard_stop] = value.reshape(-1)[piece.param_start : piece.param_stop]

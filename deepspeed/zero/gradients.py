@@ -1,13 +1,8 @@
 """Gradients of one unit on their way from autograd to the optimizer.
 
-    p.grad (autograd)  ->  local   whole, accumulated on this rank       only while nothing may be sent
-                       ->  wire    whole, laid out like the flat         what is reduced
-                       ->  shard   this rank's chunk, summed over ranks  what the optimizer reads
-
-Note [First landing keeps its dtype]
-The first reduction of a step lands in the shard as it came (bf16, say); only a second one makes the shard
-wide (`accumulate`, fp32) and adds. Widening is exact, so the result is that of accumulating in fp32 from the
-start, and without accumulation the optimizer reads half the bytes.
+p.grad (autograd)  ->  local    whole, accumulated on this rank       only while nothing may be sent
+                   ->  wire     whole, laid out like the flat         what is reduced
+                   ->  landed   this rank's chunk, summed over ranks  what the optimizer reads
 """
 
 from __future__ import annotations
@@ -17,6 +12,7 @@ from torch import Tensor
 
 from deepspeed import comm
 from deepspeed.zero.buffers import BufferPool
+from deepspeed.zero.landed import GradientInMemory, LandedGradient
 from deepspeed.zero.unit import Unit
 
 
@@ -26,14 +22,14 @@ class UnitGradients:
     Attributes:
         missing: parameters that have not yet produced a gradient in the running backward.
         used: per parameter, whether it produced any gradient on this rank since the last step.
-        shard: this rank's chunk of the summed gradient (dtype: see the note above), or None.
+        landed: this rank's chunk of the summed gradient.
     """
 
-    def __init__(self, unit: Unit, pool: BufferPool, *, predivide: float) -> None:
+    def __init__(self, unit: Unit, pool: BufferPool, landed: LandedGradient, *, predivide: float) -> None:
         self.unit = unit
         self.missing = len(unit.params)
         self.used = [False] * len(unit.params)
-        self.shard: Tensor | None = None
+        self.landed = landed
         self._pool = pool
         self._predivide = predivide
         self._local: Tensor | None = None
@@ -81,7 +77,7 @@ class UnitGradients:
         self._send(wire)
 
     def land(self) -> None:
-        """Wait for the running reduction, if any, and add its result to the shard."""
+        """Wait for the running reduction, if any, and add its result to what has landed."""
         wire, landing = self._wire, self._landing
         if wire is None or landing is None:
             return
@@ -90,22 +86,14 @@ class UnitGradients:
         self._wire = self._landing = self._work = None
         if landing is not wire:
             self._pool.give(wire)
-        if self.shard is None:
-            self.shard = landing
-            return
-        if self.shard.dtype != self.unit.dtypes.accumulate:
-            narrow = self.shard
-            self.shard = self._pool.take(narrow.numel(), self.unit.dtypes.accumulate).copy_(narrow)
-            self._pool.give(narrow)
-        self.shard.add_(landing)
-        self._pool.give(landing)
+        self.landed.add(landing)
 
     def expose(self) -> None:
         """Show gradients as ``p.grad`` where this rank holds all of them in the parameters' dtype.
 
         They are views of the shard: an edit between backward and step counts.
         """
-        shard = self.shard
+        shard = self.landed.shard if isinstance(self.landed, GradientInMemory) else None
         if shard is None or self.unit.layout.ranks > 1 or shard.dtype != self.unit.flat.dtype:
             return
         for param, view, used in zip(self.unit.params, self.unit.views(shard), self.used, strict=True):
@@ -115,16 +103,16 @@ class UnitGradients:
     @property
     def nbytes(self) -> int:
         """Bytes of gradients kept on this rank."""
-        kept = (self.shard, self._local)
-        return sum(one.numel() * one.element_size() for one in kept if one is not None)
+        local = self._local
+        return self.landed.nbytes + (0 if local is None else local.numel() * local.element_size())
 
     def clear(self) -> None:
         """Forget all gradients and give the buffers back."""
         self._drop_param_grads()
-        for buffer in (self.shard, self._local):
-            if buffer is not None:
-                self._pool.give(buffer)
-        self.shard = self._local = None
+        self.landed.clear()
+        if self._local is not None:
+            self._pool.give(self._local)
+        self._local = None
         self.used = [False] * len(self.used)
 
     def _drop_param_grads(self) -> None:

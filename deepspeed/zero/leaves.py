@@ -12,7 +12,7 @@ own, with its part of the state, and is skipped like everywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,10 +32,7 @@ class Leaf:
     group: dict[str, Any] = field(repr=False)
     pieces: list[Piece]
     shape: torch.Size | None  # None: flat
-    tensor: Tensor = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self.tensor = self.of(self.unit.master)
+    tensor: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
 
     @property
     def start(self) -> int:
@@ -56,27 +53,51 @@ class Leaf:
         return None if self.unit.master is self.unit.mine else self.of(self.unit.mine)
 
 
-def make_leaves(unit: Unit, group_of: Sequence[dict[str, Any]], *, whole_parameters: bool) -> list[Leaf]:
+def make_leaves(
+    unit: Unit, group_of: Sequence[dict[str, Any]], *, whole_parameters: bool, tile: int | None = None
+) -> list[Leaf]:
     """Cut a unit's master shard into leaves.
 
     Args:
-        unit: the unit.
+        unit: the unit, whose master is in memory.
         group_of: per parameter of the unit, the param group it belongs to.
         whole_parameters: one leaf per parameter in its shape, instead of flat runs.
+        tile: cut runs at multiples of so many elements of the shard, too.
     """
     pieces = unit.my_pieces()
     if whole_parameters:
-        return [Leaf(unit, group_of[p.index], [p], unit.params[p.index].shape) for p in pieces]
-    leaves: list[Leaf] = []
-    for piece in pieces:
-        group = group_of[piece.index]
-        if leaves and leaves[-1].group is group:
-            leaves[-1].pieces.append(piece)
-        else:
-            leaves.append(Leaf(unit, group, [piece], None))
+        leaves = [Leaf(unit, group_of[p.index], [p], unit.params[p.index].shape) for p in pieces]
+    else:
+        runs = _runs(pieces, group_of, tile)
+        leaves = [Leaf(unit, group_of[run[0].index], run, None) for run in runs]
     for leaf in leaves:
-        leaf.__post_init__()
+        leaf.tensor = leaf.of(unit.master)
     return leaves
+
+
+def _runs(pieces: Sequence[Piece], group_of: Sequence[dict[str, Any]], tile: int | None) -> list[list[Piece]]:
+    """Put neighbouring pieces of one param group together, cut at multiples of `tile`."""
+    runs: list[list[Piece]] = []
+    for piece in (part for whole in pieces for part in _tiled(whole, tile)):
+        before = runs[-1][-1] if runs else None
+        if (
+            before is not None
+            and group_of[before.index] is group_of[piece.index]
+            and (tile is None or before.shard_start // tile == piece.shard_start // tile)
+        ):
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    return runs
+
+
+def _tiled(piece: Piece, tile: int | None) -> Iterator[Piece]:
+    """Cut a piece at multiples of `tile` in the shard."""
+    start = piece.shard_start
+    while start < piece.shard_stop:
+        stop = piece.shard_stop if tile is None else min(piece.shard_stop, (start // tile + 1) * tile)
+        yield Piece(piece.index, piece.param_start + start - piece.shard_start, start, stop - start)
+        start = stop
 
 
 def take_state(leaf: Leaf, state: dict[Tensor, dict[str, Any]]) -> dict[str, Any]:
@@ -130,6 +151,7 @@ def split_leaf(leaf: Leaf, unused: set[int], state: dict[Tensor, dict[str, Any]]
     made = []
     for part in parts:
         new = Leaf(leaf.unit, leaf.group, part, None)
+        new.tensor = leaf.tensor[new.start - leaf.start : new.stop - leaf.start]
         if old_state is not None:
             state[new.tensor] = {key: _cut(value, leaf, new) for key, value in old_state.items()}
         made.append(new)

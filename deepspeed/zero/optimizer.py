@@ -21,19 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed import comm
-from deepspeed.errors import UsageError
+from deepspeed.comm.agreement import raise_together
+from deepspeed.errors import OffloadError, UsageError
 from deepspeed.zero.gatherer import Gatherer
 from deepspeed.zero.gradients import UnitGradients
-from deepspeed.zero.leaves import Leaf, make_leaves, split_leaf, take_state
+from deepspeed.zero.landed import GradientInMemory
+from deepspeed.zero.leaves import Leaf
 from deepspeed.zero.parking import OffloadStateTypeEnum, Parking
 from deepspeed.zero.reducer import Reducer
 from deepspeed.zero.slot import TrainedSlot, forget_slot
 from deepspeed.zero.stage import RankGroup
+from deepspeed.zero.states import LeafStates
 from deepspeed.zero.unit import Unit
 from deepspeed.zero.wrapped import WrappedOptimizer
-
-NORM_PART = 65_536
-"""Elements of a shard whose norm is taken at a time on the host."""
 
 
 class LossScale(Protocol):
@@ -76,7 +76,7 @@ class ZeroOptimizer(WrappedOptimizer):
         data_parallel: the ranks that agree on norms.
         rules: clipping, averaging, overflow.
         scaler: loss scale; its `scale` divides the gradients.
-        whole_parameters: give the inner optimizer whole parameters (see `leaves`).
+        states: where masters, states and gradients are between steps.
         gatherer: of the parameters that are released between uses, or None.
 
     Attributes:
@@ -92,10 +92,11 @@ class ZeroOptimizer(WrappedOptimizer):
         data_parallel: RankGroup,
         rules: StepRules,
         scaler: LossScale,
-        whole_parameters: bool,
+        states: LeafStates,
         gatherer: Gatherer | None = None,
     ) -> None:
         self.optimizer = inner
+        self.states = states
         self.parameter_offload = gatherer
         self.rules = rules
         self.loss_scaler = scaler
@@ -106,7 +107,7 @@ class ZeroOptimizer(WrappedOptimizer):
         self._norm: Tensor | None = None
         self._hooks_before = OrderedDict()
         self._hooks_after = OrderedDict()
-        self._leaves = self._replace_params(whole_parameters)
+        self._replace_params()
         self.parking = Parking(self._states)
         self._fuses = hasattr(inner, "update_leaf")
         if gatherer is not None:
@@ -115,56 +116,66 @@ class ZeroOptimizer(WrappedOptimizer):
             for index, param in enumerate(gradients.unit.params):
                 param.ds_slot = TrainedSlot(gradients.unit, index, self, gradients)  # type: ignore[attr-defined]
 
-    def _replace_params(self, whole_parameters: bool) -> dict[Unit, list[Leaf]]:
-        group_of = {id(param): group for group in self.optimizer.param_groups for param in group["params"]}
-        leaves = {
-            gradients.unit: make_leaves(
-                gradients.unit,
-                [group_of[id(param)] for param in gradients.unit.params],
-                whole_parameters=whole_parameters,
-            )
-            for gradients in self._reducer.gradients
-        }
-        self._carry_state(leaves)
-        self._fill_groups(leaves)
-        return leaves
+    def _replace_params(self) -> None:
+        """Hand the inner optimizer leaves instead of parameters, with the state that it has of these already."""
+        inner = self.optimizer
+        group_of = {id(param): group for group in inner.param_groups for param in group["params"]}
+        before = list(inner.state)
+        for gradients in self._reducer.gradients:
+            unit = gradients.unit
+            self.states.lay_out(unit, [group_of[id(param)] for param in unit.params], inner.state)
+        for param in before:
+            del inner.state[param]
+        self._fill_groups()
 
-    def _carry_state(self, leaves: dict[Unit, list[Leaf]]) -> None:
-        """Hand the state that the user's optimizer already has from parameters to leaves."""
-        state = self.optimizer.state
-        if not state:
-            return
-        taken = {
-            leaf.tensor: take_state(leaf, state) for unit_leaves in leaves.values() for leaf in unit_leaves
-        }
-        state.clear()
-        state.update({tensor: values for tensor, values in taken.items() if values})
-
-    def _fill_groups(self, leaves: dict[Unit, list[Leaf]]) -> None:
+    def _fill_groups(self) -> None:
+        leaves = [leaf for unit_leaves in self.states.leaves.values() for leaf in unit_leaves]
         for group in self.optimizer.param_groups:
-            group["params"] = [
-                leaf.tensor for unit_leaves in leaves.values() for leaf in unit_leaves if leaf.group is group
-            ]
+            group["params"] = [leaf.tensor for leaf in leaves if leaf.group is group]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that wait to be reduced too."""
         self._reducer.clear()
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return the inner optimizer's state (this rank's shards) and the loss scaler's."""
-        return {"optimizer": self.optimizer.state_dict(), "loss_scaler": self.loss_scaler.state_dict()}
+        """Return the inner optimizer's state (this rank's shards) and the loss scaler's.
+
+        What is on disk is returned as copies in memory.
+        """
+        inner = self.optimizer.state_dict()
+        if self.states.are_away:
+            inner["state"] = self._copied_states()
+        return {"optimizer": inner, "loss_scaler": self.loss_scaler.state_dict()}
+
+    def _copied_states(self) -> dict[int, dict[str, Any]]:
+        leaf_of = {leaf.tensor: leaf for leaves in self.states.leaves.values() for leaf in leaves}
+        copies = {}
+        params = (param for group in self.optimizer.param_groups for param in group["params"])
+        for index, param in enumerate(params):
+            with self.states.present(leaf_of[param], changed=False):
+                state = self.state.get(param, {})
+                copies[index] = {
+                    key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()
+                }
+        return {index: state for index, state in copies.items() if state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on the same rank of an equal run."""
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.loss_scaler.load_state_dict(state_dict["loss_scaler"])
+        self.states.replace()
         with torch.no_grad():
-            for unit, leaves in self._leaves.items():
+            for unit, leaves in self.states.leaves.items():
                 with unit.changing():
                     for leaf in leaves:
-                        if leaf.out is not None:
-                            leaf.out.copy_(leaf.tensor)
+                        self._mirror(leaf)
                     unit.publish()
+
+    def _mirror(self, leaf: Leaf) -> None:
+        """Copy a leaf's master to the storage that mirrors it."""
+        if leaf.out is not None:
+            with self.states.present(leaf, changed=False):
+                leaf.out.copy_(leaf.tensor)
 
     def _states(self, kind: OffloadStateTypeEnum) -> list[Tensor]:
         """Find the tensors of one kind of state."""
@@ -176,13 +187,17 @@ class ZeroOptimizer(WrappedOptimizer):
         if kind is OffloadStateTypeEnum.lp_params:
             return [unit.held for unit in self.units if not unit.reads_alone]
         if kind is OffloadStateTypeEnum.lp_grads:
-            return [one.shard for one in self._reducer.gradients if one.shard is not None]
+            landed = [one.landed for one in self._reducer.gradients]
+            return [
+                one.shard for one in landed if isinstance(one, GradientInMemory) and one.shard is not None
+            ]
         return []  # buffers of gradients are not kept on a device
 
     def detach(self) -> None:
         """Leave the parameters alone from now on: hooks and gradients go."""
         self._reducer.clear()
         self._reducer.detach()
+        self.states.close()
         for unit in self.units:
             for param in unit.params:
                 forget_slot(param)
@@ -206,11 +221,7 @@ class ZeroOptimizer(WrappedOptimizer):
     @property
     def units(self) -> list[Unit]:
         """The units, in registration order."""
-        return list(self._leaves)
-
-    def leaves_of(self, unit: Unit) -> list[Leaf]:
-        """Return the leaves of a unit, in the order they lie in its shard."""
-        return self._leaves[unit]
+        return list(self.states.leaves)
 
     @property
     def gradient_divisor(self) -> float:
@@ -245,16 +256,17 @@ class ZeroOptimizer(WrappedOptimizer):
         for unit in self.units:
             unit.adopt_edits()
         self._reducer.flush()
-        active = [gradients for gradients in self._reducer.gradients if gradients.shard is not None]
+        self._raise_together(self.states.failure)
+        active = [gradients for gradients in self._reducer.gradients if not gradients.landed.is_empty]
         if active:
-            self._update(active)
+            self._update_all(active)
         elif self._data_parallel.size > 1:  # a rank that skipped its backward shall not be one step behind
             comm.barrier(group=self._data_parallel.process_group, label="step without gradients")
         for hook in self._hooks_after.values():
             hook(self, (), {})
         return not self.overflow
 
-    def _update(self, active: Sequence[UnitGradients]) -> None:
+    def _update_all(self, active: Sequence[UnitGradients]) -> None:
         norm, unused = self._agree(active)
         self._norm = norm / self.gradient_divisor
         scale = self._step_scale(self._norm)
@@ -263,13 +275,15 @@ class ZeroOptimizer(WrappedOptimizer):
             if self.rules.require_all:
                 _refuse_unused([gradients.unit for gradients in active], unused)
             self._split_unused(unused)
-        if self._fuses:
-            self._update_fused(active, unused, scale, found_inf)
+        work = self._work(active, unused)
+        if self._fuses and not self.states.are_away:
+            for leaf, grad in self.states.visit(work):
+                self._fused_update(leaf, grad, scale, found_inf)
             self.overflow = found_inf is not None and _read(found_inf)
         else:
             self.overflow = found_inf is not None and _read(found_inf)
             if not self.overflow:
-                self._update_plain(active, unused, scale)
+                self._raise_together(self._update(work, scale))
         self._publish(active)
         culprit = _first_non_finite(active) if self.overflow and self.loss_scaler.dynamic else None
         self._reducer.clear()
@@ -283,8 +297,7 @@ class ZeroOptimizer(WrappedOptimizer):
         rank: then it was used somewhere.
         """
         late = self._reducer.holds_local
-        shards = [gradients.shard for gradients in active if gradients.shard is not None]
-        norms = [_norm(part) for part in _norm_parts(shards)]
+        norms = [norm for gradients in active for norm in gradients.landed.norms()]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         used = [flag for gradients in active for flag in gradients.used]
         group = self._data_parallel
@@ -315,40 +328,52 @@ class ZeroOptimizer(WrappedOptimizer):
         return torch.full((), 1.0 / self.gradient_divisor, device=norm.device)
 
     def _split_unused(self, unused: set[nn.Parameter]) -> None:
-        for unit, leaves in self._leaves.items():
-            indices = {index for index, param in enumerate(unit.params) if param in unused}
-            if indices and leaves and leaves[0].shape is None:
-                self._leaves[unit] = [
-                    part for leaf in leaves for part in split_leaf(leaf, indices, self.optimizer.state)
-                ]
-        self._fill_groups(self._leaves)
+        for unit in self.units:
+            self.states.split(unit, {index for index, param in enumerate(unit.params) if param in unused})
+        self._fill_groups()
 
-    def _work(self, active: Sequence[UnitGradients], unused: set[nn.Parameter]) -> list[tuple[Leaf, Tensor]]:
-        """Pair every leaf that is to be updated with its gradient."""
+    def _work(
+        self, active: Sequence[UnitGradients], unused: set[nn.Parameter]
+    ) -> list[tuple[Leaf, UnitGradients]]:
+        """Pair every leaf that is to be updated with its unit's gradient."""
         return [
-            (leaf, leaf.of(gradients.shard))
+            (leaf, gradients)
             for gradients in active
-            if gradients.shard is not None
-            for leaf in self._leaves[gradients.unit]
+            for leaf in self.states.leaves[gradients.unit]
             if not unused or leaf.unit.params[leaf.pieces[0].index] not in unused
         ]
 
-    def _update_fused(
-        self,
-        active: Sequence[UnitGradients],
-        unused: set[nn.Parameter],
-        scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        update_leaf = self.optimizer.update_leaf  # type: ignore[attr-defined]
-        for leaf, grad in self._work(active, unused):
-            update_leaf(leaf.tensor, leaf.group, grad, out=leaf.out, scale=scale, found_inf=found_inf)
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's schedules ask of the optimizer they drive
+    def _update(
+        self, work: Sequence[tuple[Leaf, UnitGradients]], scale: Tensor | None
+    ) -> OffloadError | None:
+        """Update leaves; return what went wrong with their tier. One leaf at a time where they are away."""
+        try:
+            if self._fuses or self.states.are_away:
+                for leaf, grad in self.states.visit(work):
+                    self._update_one(leaf, grad, scale)
+            else:
+                self._plain_update(list(self.states.visit(work)), scale)
+        except OffloadError as error:
+            return error
+        return None
 
-    def _update_plain(
-        self, active: Sequence[UnitGradients], unused: set[nn.Parameter], scale: Tensor | None
-    ) -> None:
-        work = self._work(active, unused)
+    def _update_one(self, leaf: Leaf, grad: Tensor, scale: Tensor | None) -> None:
+        if self._fuses:
+            self._fused_update(leaf, grad, scale, None)
+        else:
+            self._plain_update([(leaf, grad)], scale)
+
+    def _raise_together(self, error: OffloadError | None) -> None:
+        """Raise an error of any rank on all of them, where there can be one."""
+        if self.states.are_away:
+            raise_together(error, self._data_parallel.process_group)
+
+    def _fused_update(self, leaf: Leaf, grad: Tensor, scale: Tensor | None, found_inf: Tensor | None) -> None:
+        inner: Any = self.optimizer
+        inner.update_leaf(leaf.tensor, leaf.group, grad, out=leaf.out, scale=scale, found_inf=found_inf)
+        inner._opt_called = True  # what torch's schedules ask of the optimizer they drive
+
+    def _plain_update(self, work: Sequence[tuple[Leaf, Tensor]], scale: Tensor | None) -> None:
         for leaf, grad in work:
             wide = grad.to(leaf.tensor.dtype)
             leaf.tensor.grad = wide if scale is None else wide * scale
@@ -375,10 +400,10 @@ class ZeroOptimizer(WrappedOptimizer):
 def _first_non_finite(active: Sequence[UnitGradients]) -> str | None:
     """Name the first parameter in this rank's shards whose gradient is inf or nan."""
     for gradients in active:
-        for piece in gradients.unit.my_pieces() if gradients.shard is not None else ():
-            part = gradients.shard[piece.shard_start : piece.shard_stop]  # type: ignore[index]
-            if not bool(torch.isfinite(part).all()):
-                return gradients.unit.names[piece.index]
+        for piece in gradients.unit.my_pieces():
+            for _, part in gradients.landed.visit(piece.shard_start, piece.shard_stop):
+                if not bool(torch.isfinite(part).all()):
+                    return gradients.unit.names[piece.index]
     return None
 
 
@@ -390,21 +415,6 @@ def _refuse_unused(units: Sequence[Unit], unused: set[nn.Parameter]) -> None:
         f"zero_optimization.ignore_unused_parameters: expected a gradient for every parameter, got none for "
         f"{', '.join(names)}; freeze them (requires_grad_(False)) or set the key to true"
     )
-
-
-def _norm_parts(shards: Sequence[Tensor]) -> list[Tensor]:
-    """Cut shards on the host into parts that fit the cache: there torch widens a whole 16-bit tensor in memory
-    before it takes the norm, and adds up a long one less exactly."""
-    if shards[0].device.type != "cpu":
-        return list(shards)
-    return [part for shard in shards for part in shard.split(NORM_PART)]
-
-
-def _norm(part: Tensor) -> Tensor:
-    """Return the norm in fp32, summed in fp32 or wider."""
-    wide = torch.promote_types(part.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(part, dtype=wide)
-    return norm.float()
 
 
 def _read(flag: Tensor) -> bool:

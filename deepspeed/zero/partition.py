@@ -53,6 +53,7 @@ def make_units(
     group_index: dict[int, int],
     arena: Arena | None = None,
     meter: GatherMeter | None = None,
+    receive: Callable[[Unit], None] = lambda unit: None,
 ) -> list[Unit]:
     """Lay parameters out in units.
 
@@ -63,6 +64,7 @@ def make_units(
             lie together in a unit, so that few leaves cover a shard.
         arena: where shards live if peers shall read them by themselves.
         meter: counts gathers.
+        receive: called with each unit before the next is made.
 
     Returns:
         Units in registration order of their first parameter, within those that stay whole and those that do not.
@@ -90,6 +92,7 @@ def make_units(
                 meter=meter,
             )
         )
+        receive(units[-1])
     return units
 
 

@@ -24,6 +24,7 @@ from torch.autograd import Variable
 
 from deepspeed.zero.buffers import BufferPool
 from deepspeed.zero.gradients import UnitGradients
+from deepspeed.zero.landed import LandedGradient
 from deepspeed.zero.unit import Unit
 
 
@@ -35,6 +36,7 @@ class Reducer:
         device: of the flats.
         predivide: divisor applied before a reduction (the rest of the mean is part of the step's scale).
         in_flight: reductions that may run at once; 1 waits for each before the next (no overlap).
+        landing_place: returns what keeps a unit's reduced gradient.
 
     Attributes:
         sync: whether the next backward reduces (False: it accumulates on this rank only).
@@ -43,10 +45,18 @@ class Reducer:
     """
 
     def __init__(
-        self, units: Sequence[Unit], device: torch.device, *, predivide: float = 1.0, in_flight: int = 2
+        self,
+        units: Sequence[Unit],
+        device: torch.device,
+        *,
+        landing_place: Callable[[Unit, BufferPool], LandedGradient],
+        predivide: float = 1.0,
+        in_flight: int = 2,
     ) -> None:
         pool = BufferPool(device)
-        self.gradients = [UnitGradients(unit, pool, predivide=predivide) for unit in units]
+        self.gradients = [
+            UnitGradients(unit, pool, landing_place(unit, pool), predivide=predivide) for unit in units
+        ]
         self.sync = True
         self.on_implicit_backward: Callable[[], None] = _nothing
         self.on_complete: Callable[[Unit], None] = _nothing

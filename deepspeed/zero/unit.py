@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,12 @@ _IDS = itertools.count()
 """Numbers of parameters, in the order in which they were laid out."""
 
 Demand = Callable[["Unit"], "AbstractContextManager[object] | None"]
+
+
+class VisitRange(Protocol):
+    """Yield a range of a shard in parts that are in memory: where each begins, and its values."""
+
+    def __call__(self, start: int, stop: int, *, changed: bool = False) -> Iterator[tuple[int, Tensor]]: ...
 
 
 class Unit:
@@ -69,6 +76,9 @@ class Unit:
         memory: of the flat.
         label: what errors between ranks call it.
         may_resize: whether its one parameter may take another size: no engine has laid it out yet.
+        trained: whether an optimizer updates it.
+        visit_master: yields a range (start, stop) of the master in parts that are in memory; with `changed`, what
+            is written to them is kept. The optimizer answers once it has taken the master over.
         demand: asked when a released parameter is used; gives a context in which it is whole, or None.
         lend: told when what such a use gives is a view of the unit, which may be written to later.
     """
@@ -97,6 +107,8 @@ class Unit:
         self.demand: Demand = refuse
         self.lend: Callable[[Unit], None] | None = None
         self.may_resize = False
+        self.trained = trained
+        self.visit_master: VisitRange = self._visit_own_master
         self._block: Block | None = None
         self._work: list[dist.Work] = []
         self._here = len(self.params)
@@ -180,6 +192,11 @@ class Unit:
             self.lose_one()
         if self.sharding.releases:
             self.memory.free()
+
+    def _visit_own_master(
+        self, start: int, stop: int, *, changed: bool = False
+    ) -> Iterator[tuple[int, Tensor]]:
+        yield start, self.master[start:stop]
 
     # -- where things lie -------------------------------------------------------------------------
 
@@ -350,10 +367,14 @@ class Unit:
                     self.held[row, piece.shard_start : piece.shard_stop] = part
         for piece in self.my_pieces() if self.master is not self.mine else ():
             if piece.index == index:
-                part = flat_value[piece.param_start : piece.param_stop]
-                master = self.master[piece.shard_start : piece.shard_stop]
-                changed = master.to(self.dtypes.storage) != part.to(self.dtypes.storage)
-                master.copy_(torch.where(changed, part.to(master.dtype), master))
+                self._write_master(piece, flat_value)
+
+    def _write_master(self, piece: Piece, flat_value: Tensor) -> None:
+        for start, master in self.visit_master(piece.shard_start, piece.shard_stop, changed=True):
+            offset = start - piece.shard_start + piece.param_start
+            part = flat_value[offset : offset + master.numel()]
+            changed = master.to(self.dtypes.storage) != part.to(self.dtypes.storage)
+            master.copy_(torch.where(changed, part.to(master.dtype), master))
 
     def settle(self) -> None:
         """Wait until no rank is still reading or writing what ranks hold. A collective."""

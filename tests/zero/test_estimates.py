@@ -68,7 +68,7 @@ def held_bytes(stage: int, *, frozen: bool) -> int:
     tensors = [unit.held if unit.sharding.releases else unit.flat for unit in units.values()]
     tensors += [param for param in params if not hasattr(param, "ds_slot")]
     tensors += [unit.master for unit in trained]
-    tensors += [param.ds_slot.gradients.shard for unit in trained for param in unit.params[:1]]
+    tensors += [param.ds_slot.gradients.landed.shard for unit in trained for param in unit.params[:1]]
     tensors += [
         value
         for state in engine.optimizer.state.values()

@@ -1,0 +1,278 @@
+"""A tier on disk: tensors that are in memory only while somebody works on them.
+
+    parcel   tensors that travel together, back to back in one extent of a swap file
+    buffer   aligned memory that holds a parcel while it is here
+
+Note [Reading ahead, writing behind]
+`prefetch` starts a read and `put` a write, and neither waits. A buffer belongs to the request that uses it until
+that is done, so there are never more buffers than asked for, except where the work in hand itself needs more.
+A write that failed is known when its buffer is wanted again, or at `drain`, whichever comes first.
+
+Note [Failures wait for all ranks]
+A rank that raises in the middle of a backward leaves the others in a collective. Where that could be, the failure
+is noted (`noting_failure`), nothing more is written, and the next step raises it on every rank.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deepspeed.errors import OffloadError
+from deepspeed.offload.buffers import aligned_empty, aligned_size
+from deepspeed.offload.disk import Disk, Pending
+from deepspeed.offload.swap import Extent, SwapFolder
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in its parcel, and what it looks like."""
+
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """View the tensor in a buffer of bytes."""
+        nbytes = self.shape.numel() * self.dtype.itemsize
+        return buffer[self.offset : self.offset + nbytes].view(self.dtype).view(self.shape)
+
+
+@dataclass(eq=False)
+class Parcel:
+    """Tensors whose memory a tier gives and takes; they stay the same objects.
+
+    Attributes:
+        tensors: empty while the parcel is away.
+    """
+
+    tensors: list[Tensor] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+    extent: Extent | None = None
+    buffer: Tensor | None = None
+    reading: Pending | None = None
+    is_here: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return 0 if self.extent is None else self.extent.nbytes
+
+
+class DiskTier:
+    """Parcels in a swap folder, and the buffers they pass through.
+
+    Args:
+        disk: does the reading and writing.
+        folder: where the swap files are.
+        buffers: how many to hold at most; at least 2, to work on one while another moves.
+        pin: page-locked buffers, where there is a device.
+
+    Attributes:
+        failure: what went wrong where nobody could raise it.
+    """
+
+    def __init__(self, disk: Disk, folder: SwapFolder, *, buffers: int = 4, pin: bool = False) -> None:
+        self.disk, self._folder, self._pin = disk, folder, pin
+        self._limit = max(2, buffers)
+        self.failure: OffloadError | None = None
+        self._made = 0
+        self._free: list[Tensor] = []
+        self._writing: deque[tuple[Pending, Tensor, Parcel]] = deque()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory in buffers."""
+        busy = [buffer for _, buffer, _ in self._writing]
+        return sum(one.numel() for one in (*self._free, *busy))
+
+    # -- parcels ----------------------------------------------------------------------------------
+
+    def put(self, parcel: Parcel, tensors: Sequence[Tensor] | None = None) -> None:
+        """Write a parcel and take its memory.
+
+        Args:
+            parcel: one that is here.
+            tensors: what it holds from now on; None: what it held.
+        """
+        self._settle(parcel)
+        if tensors is not None:
+            parcel.tensors = list(tensors)
+        if not parcel.tensors:
+            return
+        buffer = self._packed(parcel)
+        assert parcel.extent is not None
+        pending = self.disk.write(parcel.extent.file, parcel.extent.offset, buffer[: parcel.extent.nbytes])
+        self._writing.append((pending, buffer, parcel))
+        self._leave(parcel)
+
+    def keep(self, parcel: Parcel) -> None:
+        """Take the memory of a parcel that did not change since it was fetched."""
+        if parcel.buffer is not None and parcel.is_here:
+            self._free.append(parcel.buffer)
+            self._leave(parcel)
+
+    def prefetch(self, parcel: Parcel) -> None:
+        """Begin to read a parcel, if there is a buffer for it."""
+        if not parcel.is_here and parcel.reading is None:
+            buffer = self._take_now(parcel.nbytes)
+            if buffer is not None:
+                self._read(parcel, buffer)
+
+    def fetch(self, parcel: Parcel) -> None:
+        """Bring a parcel in."""
+        if parcel.is_here:
+            return
+        if parcel.reading is None:
+            self._read(parcel, self._take(parcel.nbytes))
+        assert parcel.reading is not None
+        assert parcel.buffer is not None
+        parcel.reading.wait()
+        parcel.reading = None
+        parcel.is_here = True
+        for tensor, place in zip(parcel.tensors, parcel.places, strict=True):
+            tensor.data = place.of(parcel.buffer)
+
+    @contextmanager
+    def holding(self, parcel: Parcel, *, changed: bool) -> Iterator[None]:
+        """Have a parcel here inside; what was `changed` is written back. One that is here stays here."""
+        was_here = parcel.is_here
+        self.fetch(parcel)
+        yield
+        if was_here:
+            return
+        if changed:
+            self.put(parcel)
+        else:
+            self.keep(parcel)
+
+    def drop(self, parcel: Parcel) -> None:
+        """Forget a parcel, with its place on the disk; tensors that are here stay as they are."""
+        self._settle(parcel)
+        if parcel.buffer is not None:
+            self._made -= 1  # its tensors keep it
+        if parcel.extent is not None:
+            self._folder.free(parcel.extent)
+        parcel.extent = parcel.buffer = None
+        parcel.is_here = True
+
+    def drain(self) -> None:
+        """Wait for all writes.
+
+        Raises:
+            OffloadError: one failed.
+        """
+        while self._writing:
+            self._finish_write()
+
+    @contextmanager
+    def noting_failure(self) -> Iterator[None]:
+        """Note an OffloadError inside instead of raising it. See note [Failures wait for all ranks]."""
+        try:
+            yield
+        except OffloadError as error:
+            self.failure = self.failure or error
+
+    def close(self) -> None:
+        """Give everything back: threads, files, memory. Tensors that are away stay empty."""
+        with suppress(OffloadError):
+            self.drain()
+        self.disk.close()
+        self._folder.close()
+        self._free.clear()
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _packed(self, parcel: Parcel) -> Tensor:
+        """Return a buffer with the parcel's tensors in their places; the one they are in already, if they are."""
+        places, nbytes = _places(parcel.tensors)
+        if parcel.extent is None or parcel.extent.nbytes < nbytes:
+            if parcel.extent is not None:
+                self._folder.free(parcel.extent)
+            parcel.extent = self._folder.reserve(nbytes)
+        old = parcel.buffer
+        if old is not None and places == parcel.places and _lie_in(old, parcel):
+            return old
+        buffer = self._take(nbytes)
+        for tensor, place in zip(parcel.tensors, places, strict=True):
+            place.of(buffer).copy_(tensor)
+        if old is not None:
+            self._free.append(old)
+        parcel.places = places
+        return buffer
+
+    def _leave(self, parcel: Parcel) -> None:
+        parcel.buffer, parcel.is_here = None, False
+        for tensor in parcel.tensors:
+            tensor.data = tensor.new_empty(0)
+
+    def _read(self, parcel: Parcel, buffer: Tensor) -> None:
+        self._settle(parcel)
+        assert parcel.extent is not None
+        parcel.buffer = buffer
+        parcel.reading = self.disk.read(
+            parcel.extent.file, parcel.extent.offset, buffer[: parcel.extent.nbytes]
+        )
+
+    def _take(self, nbytes: int) -> Tensor:
+        """Return a buffer of at least `nbytes`, waiting for one if there are enough of them."""
+        buffer = self._take_now(nbytes)
+        while buffer is None:
+            if not self._writing:  # all of them are in use by the work in hand
+                return self._make(nbytes)
+            self._finish_write()
+            buffer = self._take_now(nbytes)
+        return buffer
+
+    def _take_now(self, nbytes: int) -> Tensor | None:
+        while self._writing and self._writing[0][0].done():
+            self._finish_write()
+        fitting = [one for one in self._free if one.numel() >= nbytes]
+        if fitting:
+            best = min(fitting, key=Tensor.numel)
+            self._free = [one for one in self._free if one is not best]
+            return best
+        if self._free:  # too small for what is wanted now
+            self._free.pop()
+            self._made -= 1
+        return self._make(nbytes) if self._made < self._limit else None
+
+    def _make(self, nbytes: int) -> Tensor:
+        self._made += 1
+        return aligned_empty(nbytes, torch.uint8, pin=self._pin)
+
+    def _finish_write(self) -> None:
+        pending, buffer, _ = self._writing.popleft()
+        self._free.append(buffer)
+        pending.wait()
+
+    def _settle(self, parcel: Parcel) -> None:
+        """Wait until nothing of a parcel is under way; what was read ahead is forgotten."""
+        while any(one is parcel for _, _, one in self._writing):
+            self._finish_write()
+        if parcel.reading is not None:
+            parcel.reading.wait()
+            assert parcel.buffer is not None
+            self._free.append(parcel.buffer)
+            parcel.reading = parcel.buffer = None
+
+
+def _places(tensors: Iterable[Tensor]) -> tuple[list[Place], int]:
+    places, offset = [], 0
+    for tensor in tensors:
+        places.append(Place(offset, tensor.shape, tensor.dtype))
+        offset += aligned_size(tensor.numel() * tensor.element_size())
+    return places, offset
+
+
+def _lie_in(buffer: Tensor, parcel: Parcel) -> bool:
+    start = buffer.data_ptr()
+    return all(
+        tensor.data_ptr() == start + place.offset
+        for tensor, place in zip(parcel.tensors, parcel.places, strict=True)
+    )

@@ -1,0 +1,175 @@
+"""What has been reduced of a unit's gradient since the last step: this rank's chunk, summed over ranks.
+
+Note [First landing keeps its dtype]
+The first reduction of a step lands in the shard as it came (bf16, say); only a second one makes the shard
+wide (`accumulate`, fp32) and adds. Widening is exact, so the result is that of accumulating in fp32 from the
+start, and without accumulation the optimizer reads half the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from deepspeed.offload.tier import DiskTier, Parcel
+from deepspeed.zero.buffers import BufferPool
+
+NORM_PART = 65_536
+"""Elements of a shard whose norm is taken at a time on the host."""
+
+
+class LandedGradient(Protocol):
+    """A chunk of a gradient, wherever it is kept."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has landed since the last step."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+
+    def add(self, landing: Tensor) -> None:
+        """Take over a reduced gradient and add it to what landed before."""
+
+    def norms(self) -> list[Tensor]:
+        """Return norms (0-dim, fp32) of parts, which together are the whole chunk."""
+
+    def visit(self, start: int, stop: int, *, changed: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """Yield a range of the chunk in parts that are in memory: where each begins, and its values.
+
+        Args:
+            start: first element.
+            stop: first element behind the range.
+            changed: whether the caller writes to the values.
+        """
+
+    def prefetch(self, start: int) -> None:
+        """Begin to bring in the part around `start`."""
+
+    def clear(self) -> None:
+        """Forget it."""
+
+
+class GradientInMemory:
+    """A landed gradient in memory; `shard` is None while nothing has landed."""
+
+    def __init__(self, pool: BufferPool, accumulate: torch.dtype) -> None:
+        self._pool, self._accumulate = pool, accumulate
+        self.shard: Tensor | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self.shard is None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.shard is None else self.shard.numel() * self.shard.element_size()
+
+    def add(self, landing: Tensor) -> None:
+        if self.shard is None:
+            self.shard = landing
+            return
+        if self.shard.dtype != self._accumulate:
+            narrow = self.shard
+            self.shard = self._pool.take(narrow.numel(), self._accumulate).copy_(narrow)
+            self._pool.give(narrow)
+        self.shard.add_(landing)
+        self._pool.give(landing)
+
+    def norms(self) -> list[Tensor]:
+        return [] if self.shard is None else norms_of(self.shard)
+
+    def visit(self, start: int, stop: int, *, changed: bool = False) -> Iterator[tuple[int, Tensor]]:
+        if self.shard is not None:
+            yield start, self.shard[start:stop]
+
+    def prefetch(self, start: int) -> None:
+        pass
+
+    def clear(self) -> None:
+        if self.shard is not None:
+            self._pool.give(self.shard)
+        self.shard = None
+
+
+class GradientOnDisk:
+    """A landed gradient on disk, in tiles.
+
+    Args:
+        tier: where it goes.
+        pool: takes landings back.
+        accumulate: dtype of sums.
+        tile: elements that are in memory at a time.
+    """
+
+    def __init__(self, tier: DiskTier, pool: BufferPool, accumulate: torch.dtype, tile: int) -> None:
+        self._tier, self._pool, self._accumulate, self._tile = tier, pool, accumulate, tile
+        self._tiles: list[Parcel] = []
+        self._norms: list[list[Tensor]] = []  # by tile
+        self.is_empty = True
+
+    nbytes = 0
+
+    def add(self, landing: Tensor) -> None:
+        with self._tier.noting_failure():
+            self._add(landing)
+        self.is_empty = False
+        self._pool.give(landing)
+
+    def _add(self, landing: Tensor) -> None:
+        parts = landing.split(self._tile)
+        while len(self._tiles) < len(parts):
+            self._tiles.append(Parcel())
+        if self.is_empty:
+            self._norms = [norms_of(part) for part in parts]
+            for tile, part in zip(self._tiles, parts, strict=True):
+                self._tier.put(tile, [part.detach()])
+        else:
+            for index, part in enumerate(parts):
+                self._add_part(index, part)
+
+    def _add_part(self, index: int, part: Tensor) -> None:
+        tile = self._tiles[index]
+        self._tier.fetch(tile)
+        if index + 1 < len(self._tiles):
+            self._tier.prefetch(self._tiles[index + 1])
+        total = tile.tensors[0].to(self._accumulate).add_(part)
+        self._norms[index] = norms_of(total)
+        self._tier.put(tile, [total])
+
+    def norms(self) -> list[Tensor]:
+        return [norm for norms in self._norms for norm in norms]
+
+    def visit(self, start: int, stop: int, *, changed: bool = False) -> Iterator[tuple[int, Tensor]]:
+        if self.is_empty:
+            return
+        while start < stop:
+            index = start // self._tile
+            first, end = index * self._tile, min(stop, (index + 1) * self._tile)
+            tile = self._tiles[index]
+            with self._tier.holding(tile, changed=changed):
+                yield start, tile.tensors[0][start - first : end - first]
+                if changed:
+                    self._norms[index] = norms_of(tile.tensors[0])
+            start = end
+
+    def prefetch(self, start: int) -> None:
+        self._tier.prefetch(self._tiles[start // self._tile])
+
+    def clear(self) -> None:
+        self._norms, self.is_empty = [], True
+
+
+def norms_of(shard: Tensor) -> list[Tensor]:
+    """Return norms of the parts of a shard, in fp32, summed in fp32 or wider.
+
+    The parts of one on the host fit the cache: there torch widens a whole 16-bit tensor in memory before it
+    takes the norm, and adds up a long one less exactly.
+    """
+    parts = shard.split(NORM_PART) if shard.device.type == "cpu" else [shard]
+    wide = torch.promote_types(shard.dtype, torch.float32)
+    return [torch.linalg.vector_norm(part, dtype=wide).float() for part in parts]

@@ -1,0 +1,236 @@
+"""Where master weights, optimizer states and landed gradients are between steps, and how the update meets them.
+
+In memory they simply are where they are. On disk (`DiskTier`) a leaf's master and states are one parcel and its
+unit's gradient is cut into tiles; the update visits one leaf after the other, with the next one on its way in and
+the last one on its way out.
+
+Note [Tiles]
+Where states are on disk a shard is cut at multiples of a tile into leaves of their own, so that the memory in use
+depends neither on the size of the model nor on that of its largest layer. Element-wise optimizers do not see the
+cuts. Those that need whole parameters get them whole, and then a tile is a whole shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from deepspeed.errors import OffloadError
+from deepspeed.offload.tier import DiskTier, Parcel
+from deepspeed.zero.buffers import BufferPool
+from deepspeed.zero.gradients import UnitGradients
+from deepspeed.zero.landed import GradientInMemory, GradientOnDisk, LandedGradient
+from deepspeed.zero.leaves import Leaf, make_leaves, split_leaf, take_state
+from deepspeed.zero.unit import Unit
+
+TILE = 2**21
+"""Elements of a shard that are updated at a time where states are on disk."""
+
+State = dict[Tensor, dict[str, Any]]
+
+
+class LeafStates:
+    """The states of all leaves.
+
+    Args:
+        tier: where they go; None keeps them in memory.
+        whole_parameters: whether leaves are whole parameters (see `make_leaves`).
+        tile: most elements of a leaf on disk.
+
+    Attributes:
+        leaves: of each unit, in the order they lie in its shard.
+    """
+
+    def __init__(
+        self,
+        tier: DiskTier | None = None,
+        *,
+        whole_parameters: bool = False,
+        tile: int = TILE,
+    ) -> None:
+        self.leaves: dict[Unit, list[Leaf]] = {}
+        self._tier = tier
+        self._whole_parameters = whole_parameters
+        self._tile = tile
+        self._born: dict[Unit, Parcel] = {}  # masters of units that have no leaves yet
+        self._parcels: dict[Leaf, Parcel] = {}
+        self._state: State = {}
+
+    # -- where things go --------------------------------------------------------------------------
+
+    def receive(self, unit: Unit) -> None:
+        """Take the master of a unit that was just made, if it is to be away between uses."""
+        if self._tier is None or not unit.trained:
+            return
+        self._born[unit] = Parcel()
+        if unit.master is not unit.mine:
+            with self._tier.noting_failure():
+                self._tier.put(self._born[unit], [unit.master])
+
+    def landing_place(self, unit: Unit, pool: BufferPool) -> LandedGradient:
+        """Return what keeps a unit's reduced gradient."""
+        accumulate = unit.dtypes.accumulate
+        if self._tier is None or unit not in self._born:
+            return GradientInMemory(pool, accumulate)
+        return GradientOnDisk(self._tier, pool, accumulate, self._tile_of(unit))
+
+    def lay_out(self, unit: Unit, group_of: Sequence[dict[str, Any]], state: State) -> None:
+        """Cut a unit's shard into leaves.
+
+        Args:
+            unit: the unit.
+            group_of: per parameter of the unit, the param group it belongs to.
+            state: what the optimizer has of parameters already; what it has of leaves, once all units were cut.
+        """
+        self._state = state
+        born = self._born.get(unit)
+        if self._tier is not None and born is not None:
+            self._tier.fetch(born)
+        tile = None if born is None else self._tile_of(unit)
+        leaves = make_leaves(unit, group_of, whole_parameters=self._whole_parameters, tile=tile)
+        self.leaves[unit] = leaves
+        unit.visit_master = partial(self.visit_master, unit)
+        for leaf in leaves:
+            taken = take_state(leaf, state)
+            if taken:
+                state[leaf.tensor] = taken
+            if born is not None:
+                self._parcels[leaf] = Parcel()
+                self._put(leaf)
+        if self._tier is not None and born is not None:
+            self._tier.drop(born)
+            if unit.master is not unit.mine:
+                unit.master.data = unit.master.new_empty(0)
+
+    def _tile_of(self, unit: Unit) -> int:
+        return unit.layout.chunk if self._whole_parameters else self._tile
+
+    # -- the update -------------------------------------------------------------------------------
+
+    @property
+    def failure(self) -> OffloadError | None:
+        """What went wrong on the way to the tier and was not raised."""
+        return None if self._tier is None else self._tier.failure
+
+    @property
+    def are_away(self) -> bool:
+        """Whether any leaf must be brought in to be updated."""
+        return bool(self._parcels)
+
+    @property
+    def nbytes_away(self) -> int:
+        """Bytes that are on disk, gradients left out."""
+        return sum(parcel.nbytes for parcel in self._parcels.values())
+
+    def visit(self, work: Sequence[tuple[Leaf, UnitGradients]]) -> Iterator[tuple[Leaf, Tensor]]:
+        """Yield each leaf with its gradient while both are in memory; what was changed is kept.
+
+        Raises:
+            OffloadError: reading or writing failed.
+        """
+        for index, (leaf, gradients) in enumerate(work):
+            self._fetch(leaf)
+            if index + 1 < len(work):
+                self._prefetch(*work[index + 1])
+            for _, grad in gradients.landed.visit(leaf.start, leaf.stop):
+                yield leaf, grad if leaf.shape is None else grad.view(leaf.shape)
+            if leaf in self._parcels:
+                self._put(leaf)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until what was changed is where it belongs."""
+        if self._tier is not None:
+            self._tier.drain()
+
+    def split(self, unit: Unit, indices: set[int]) -> None:
+        """Give parameters leaves of their own (see `split_leaf`)."""
+        leaves = self.leaves[unit]
+        if not indices or not leaves or leaves[0].shape is not None:
+            return
+        self.leaves[unit] = [part for leaf in leaves for part in self._split(leaf, indices)]
+
+    def _split(self, leaf: Leaf, indices: set[int]) -> list[Leaf]:
+        parcel = self._parcels.get(leaf)
+        if parcel is None or self._tier is None:
+            return split_leaf(leaf, indices, self._state)
+        self._tier.fetch(parcel)
+        parts = split_leaf(leaf, indices, self._state)
+        if parts == [leaf]:
+            self._tier.keep(parcel)
+            return parts
+        for part in parts:
+            self._parcels[part] = Parcel()
+            self._put(part)
+        self._tier.drop(self._parcels.pop(leaf))
+        return parts
+
+    def close(self) -> None:
+        """Give the tier's threads, files and memory back."""
+        if self._tier is not None:
+            self._tier.close()
+
+    # -- single ranges ----------------------------------------------------------------------------
+
+    def visit_master(
+        self, unit: Unit, start: int, stop: int, *, changed: bool = False
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield a range of a unit's master in parts that are in memory: where each begins, and its values (flat)."""
+        for leaf in self._overlapping(unit, start, stop):
+            with self.present(leaf, changed=changed):
+                low, high = max(start, leaf.start), min(stop, leaf.stop)
+                yield low, leaf.tensor.view(-1)[low - leaf.start : high - leaf.start]
+
+    def visit_state(
+        self, unit: Unit, key: str, start: int, stop: int, *, changed: bool = False
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Do what `visit_master` does with a state of the optimizer; yields nothing where there is none."""
+        for leaf in self._overlapping(unit, start, stop):
+            with self.present(leaf, changed=changed):
+                value = self._state.get(leaf.tensor, {}).get(key)
+                if isinstance(value, Tensor) and value.numel() == leaf.stop - leaf.start:
+                    low, high = max(start, leaf.start), min(stop, leaf.stop)
+                    yield low, value.view(-1)[low - leaf.start : high - leaf.start]
+
+    def present(self, leaf: Leaf, *, changed: bool) -> AbstractContextManager[None]:
+        """Have a leaf's master and states in memory inside."""
+        parcel = self._parcels.get(leaf)
+        if parcel is None or self._tier is None:
+            return nullcontext()
+        return self._tier.holding(parcel, changed=changed)
+
+    def replace(self) -> None:
+        """Take note that the optimizer's states are other tensors now; all of them are in memory."""
+        for leaf in self._parcels:
+            self._fetch(leaf)
+            self._put(leaf)
+        self.settle()
+
+    def _overlapping(self, unit: Unit, start: int, stop: int) -> list[Leaf]:
+        return [leaf for leaf in self.leaves[unit] if leaf.start < stop and start < leaf.stop]
+
+    # -- parcels ----------------------------------------------------------------------------------
+
+    def _fetch(self, leaf: Leaf) -> None:
+        if self._tier is not None and leaf in self._parcels:
+            self._tier.fetch(self._parcels[leaf])
+
+    def _prefetch(self, leaf: Leaf, gradients: UnitGradients) -> None:
+        if self._tier is not None and leaf in self._parcels:
+            self._tier.prefetch(self._parcels[leaf])
+            gradients.landed.prefetch(leaf.start)
+
+    def _put(self, leaf: Leaf) -> None:
+        assert self._tier is not None
+        unit = leaf.unit
+        master = [] if unit.master is unit.mine else [leaf.tensor]
+        states = [
+            value
+            for value in self._state.get(leaf.tensor, {}).values()
+            if isinstance(value, Tensor) and value.dim() > 0
+        ]
+        self._tier.put(self._parcels[leaf], [*master, *states])
