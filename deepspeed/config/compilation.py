@@ -32,10 +32,10 @@ class CompileSection(Section):
 class AioSection(Section):
     """Requests to an NVMe drive; without effect unless something is offloaded to one."""
 
-    block_size: Count = key(1_048_576, "bytes per request")
-    queue_depth: Count = key(8, "outstanding requests")
-    intra_op_parallelism: Count = key(1, "threads per operation")
-    single_submit: bool = key(False, "submit requests one by one")
+    block_size: Count = key(1_048_576, "bytes per request, rounded up to a multiple of 4096")
+    queue_depth: Count = key(8, "requests in flight per thread; at most 64 in all")
+    intra_op_parallelism: Count = key(1, "multiplies queue_depth")
+    single_submit: bool = key(False, "no effect; every request is a system call of its own")
     thread_count: Count = key(1, "no effect; intra_op_parallelism sets the threads")
-    overlap_events: bool = key(True, "submit while others complete")
+    overlap_events: bool = key(True, "no effect; a new request never waits for others to complete")
     use_gds: bool = key(False, "GPUDirect Storage")

@@ -9,6 +9,8 @@ from deepspeed.config.tree import lookup
 
 ZERO = "zero_optimization"
 INERT = {
+    "aio.overlap_events": "a thread that has finished a piece always takes the next",
+    "aio.single_submit": "every piece is a system call of its own",
     "aio.thread_count": "aio.intra_op_parallelism sets the threads",
     "allgather_size": "belonged to the boolean zero_optimization",
     "bf16.immediate_grad_update": "gradients are added to their sum once their unit is complete",

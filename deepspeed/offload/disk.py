@@ -36,6 +36,7 @@ class Request:
     file: DataFile
     offset: int
     array: np.ndarray
+    address: int
     write: bool
     pieces: deque[Piece]
 
@@ -92,7 +93,8 @@ class Disk:
             raise UsageError("Disk: closed; it takes no more requests")
         file.check_open()
         array = _bytes_of(buffer)
-        request = Request(file, offset, array, write, deque(cut(offset, len(array), self.block_size)))
+        pieces = deque(cut(offset, len(array), self.block_size))
+        request = Request(file, offset, array, buffer.data_ptr(), write, pieces)
         parts = [
             self._pool.submit(self._serve, request) for _ in range(min(self.workers, len(request.pieces)))
         ]
@@ -117,25 +119,22 @@ class Disk:
         return moved
 
     def _move(self, request: Request, start: int, end: int) -> None:
-        file, array, offset = request.file, request.array[start:end], request.offset + start
-        bounces = file.direct and array.ctypes.data % ALIGNMENT and not (offset | len(array)) % ALIGNMENT
-        if not bounces:
-            file.transfer(request.write, array, offset)
-        elif request.write:
-            bounce = self._bounce(len(array))
-            bounce[:] = array
-            file.transfer(True, bounce, offset)
+        file, offset, address = request.file, request.offset + start, request.address + start
+        if file.direct and address % ALIGNMENT and not (offset | (end - start)) % ALIGNMENT:
+            self._bounce(request, start, end)
         else:
-            bounce = self._bounce(len(array))
-            file.transfer(False, bounce, offset)
-            array[:] = bounce
+            file.transfer(request.write, request.array.data[start:end], address, offset)
 
-    def _bounce(self, nbytes: int) -> np.ndarray:
-        """Return this worker's aligned block, through which unaligned memory meets direct I/O."""
+    def _bounce(self, request: Request, start: int, end: int) -> None:
+        """Move a whole block between unaligned memory and the disk by way of this worker's aligned one."""
         if not hasattr(self._own, "block"):
             self._own.block = aligned_empty(self.block_size, torch.uint8).numpy()
-        block: np.ndarray = self._own.block
-        return block[:nbytes]
+        block: np.ndarray = self._own.block[: end - start]
+        if request.write:
+            block[:] = request.array[start:end]
+        request.file.transfer(request.write, block.data, block.ctypes.data, request.offset + start)
+        if not request.write:
+            request.array[start:end] = block
 
 
 def cut(offset: int, nbytes: int, block_size: int) -> Iterator[Piece]:

@@ -8,8 +8,6 @@ import shutil
 from concurrent.futures import Future, wait
 from pathlib import Path
 
-import numpy as np
-
 from deepspeed.errors import OffloadError, UsageError
 from deepspeed.offload.buffers import ALIGNMENT
 
@@ -75,18 +73,18 @@ class DataFile:
             )
             raise failure(what, error) from error
 
-    def transfer(self, write: bool, array: np.ndarray, offset: int) -> None:
-        """Move all bytes of `array` (uint8) to or from `offset`; raise OffloadError if that cannot be."""
-        done = 0
+    def transfer(self, write: bool, memory: memoryview, address: int, offset: int) -> None:
+        """Move all bytes of `memory`, which is at `address`, to or from `offset`; OffloadError if that cannot be."""
+        done, nbytes = 0, len(memory)
         try:
-            while done < len(array):
-                moved = self._some(write, array[done:], offset + done)
+            while done < nbytes:
+                moved = self._some(write, memory[done:], address + done, offset + done)
                 if not moved:
-                    raise self._short(len(array), done, offset)
+                    raise self._short(nbytes, done, offset)
                 done += moved
         except OSError as error:
             verb, where = "write" if write else "read", f"at {offset} of {self.path}"
-            raise failure(f"{verb} {len(array):,} bytes {where}, {done:,} done", error) from error
+            raise failure(f"{verb} {nbytes:,} bytes {where}, {done:,} done", error) from error
 
     def close(self) -> None:
         """Wait for what is under way and close; a second time does nothing."""
@@ -114,18 +112,18 @@ class DataFile:
         os.posix_fadvise(self._plain, 0, 0, os.POSIX_FADV_RANDOM)  # ends only: no reading ahead of them
         return direct
 
-    def _some(self, write: bool, array: np.ndarray, offset: int) -> int:
+    def _some(self, write: bool, memory: memoryview, address: int, offset: int) -> int:
         """Make one system call; return the bytes it moved."""
         call = os.pwritev if write else os.preadv
-        whole_blocks = not (array.ctypes.data | offset | len(array)) % ALIGNMENT
+        whole_blocks = not (address | offset | len(memory)) % ALIGNMENT
         if self._direct is not None and whole_blocks:
             try:
-                return call(self._direct, [array.data], offset)
+                return call(self._direct, [memory], offset)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 self._direct = None
-        return call(self._plain, [array.data], offset)
+        return call(self._plain, [memory], offset)
 
     def _short(self, wanted: int, got: int, offset: int) -> OffloadError:
         return OffloadError(

@@ -3,7 +3,6 @@
 import errno
 import gc
 import os
-import threading
 
 import pytest
 import torch
@@ -159,7 +158,7 @@ def test_validation_finds_what_the_disk_lost(handle, name, monkeypatch):
         handle.write(torch.randn(10_000), name, True)
 
 
-def test_descriptors_and_threads_do_not_grow(name):
+def test_a_handle_that_is_let_go_leaves_no_descriptor_and_no_thread(name):
     def once():
         handle = AsyncIOBuilder().load().aio_handle(4096, 4)
         handle.async_pwrite(torch.randn(10_000), name)
@@ -168,8 +167,9 @@ def test_descriptors_and_threads_do_not_grow(name):
         del handle
         for one in threads:
             one.join(10)
-        return len(os.listdir("/proc/self/fd")), threading.active_count()
+        return len(os.listdir("/proc/self/fd")), any(one.is_alive() for one in threads)
 
     gc.collect()  # handles of the tests before
-    before = once()
-    assert [once() for _ in range(20)] == [before] * 20
+    before, alive = once()
+    assert not alive
+    assert [once() for _ in range(20)] == [(before, alive)] * 20

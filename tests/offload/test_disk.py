@@ -3,7 +3,6 @@
 import errno
 import gc
 import os
-import threading
 
 import pytest
 import torch
@@ -171,29 +170,27 @@ def test_closing_a_file_waits_for_its_requests(disk, tmp_path):
     assert (tmp_path / "data").read_bytes() == data.numpy().tobytes()
 
 
-def test_descriptors_and_threads_do_not_grow(tmp_path):
-    gc.collect()  # disks of the tests before
-
+def test_what_is_closed_leaves_no_descriptor_and_no_thread(tmp_path):
     def once():
         disk, file = Disk(block_size=4096, queue_depth=4, threads=2), DataFile(tmp_path / "data")
         disk.write(file, 0, noise(100_000)).wait()
+        threads = list(disk._pool._threads)
         disk.close()
         file.close()
-        return len(os.listdir("/proc/self/fd")), threading.active_count()
+        return len(os.listdir("/proc/self/fd")), any(one.is_alive() for one in threads)
 
-    before = once()
-    assert [once() for _ in range(20)] == [before] * 20
+    gc.collect()  # files of the tests before
+    before, alive = once()
+    assert not alive
+    assert [once() for _ in range(20)] == [(before, False)] * 20
 
 
-def test_a_forgotten_disk_ends_its_threads():
-    gc.collect()  # disks of the tests before
-    before = threading.active_count()
-    disk = Disk()
-    disk._pool.submit(int).result()
-    assert threading.active_count() > before
+def test_a_forgotten_disk_ends_its_threads(file):
+    disk = Disk(block_size=4096)
+    disk.write(file, 0, noise(100_000)).wait()
     threads = list(disk._pool._threads)
+    assert threads
     del disk
-    gc.collect()
     for one in threads:
         one.join(10)
-    assert threading.active_count() == before
+    assert not any(one.is_alive() for one in threads)
