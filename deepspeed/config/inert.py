@@ -38,11 +38,16 @@ INERT = {
     f"{ZERO}.log_trace_cache_warnings": "there is no trace that a changed order could invalidate",
     f"{ZERO}.memory_efficient_linear": "gathered weights are never kept for backward",
     f"{ZERO}.mics_hierarchical_params_gather": "the shards of a group are gathered in one step",
+    f"{ZERO}.offload_optimizer.cpuadam_cores_perc": "the update uses all cores of the rank",
+    f"{ZERO}.offload_optimizer.fast_init": "states are made by the first update",
+    f"{ZERO}.offload_optimizer.pipeline_read": "the next tile is always read while one is updated",
+    f"{ZERO}.offload_optimizer.pipeline_write": "a tile is always written while the next is updated",
+    f"{ZERO}.offload_optimizer.super_offload": "gradients always leave during backward and units return one by one",
     f"{ZERO}.override_module_apply": "what changes parameters in zero.Init always sees them whole",
     f"{ZERO}.pipeline_loading_checkpoint": "engine.load_checkpoint is not built yet",
     f"{ZERO}.reduce_scatter": "gradients only ever go to the rank that owns them",
     f"{ZERO}.round_robin_gradients": "every rank owns an equal part of every unit",
-    f"{ZERO}.save_muon_momentum_buffer_in_memory": "nothing is swapped to a drive",
+    f"{ZERO}.save_muon_momentum_buffer_in_memory": "all states of a leaf travel together",
     f"{ZERO}.stage3_allgather_sequential": "a unit is gathered straight into place, without a bucket to save",
     f"{ZERO}.stage3_use_all_reduce_for_fetch_params": "shards are of equal size, so an all-gather always fits",
     f"{ZERO}.use_multi_rank_bucket_allreduce": "a unit is always one collective",
@@ -50,7 +55,6 @@ INERT = {
 """A value other than the default is reported once."""
 
 GRANTED = {
-    f"{ZERO}.sub_group_size": "the update always runs unit by unit",
     "zero_allow_untested_optimizer": "every optimizer is tried out when the engine is made",
     "zero_force_ds_cpu_optimizer": "any optimizer that can be sharded may be offloaded",
 }

@@ -115,19 +115,6 @@ def _offload(config: DeepSpeedConfig) -> Lines:
                 f"zero_optimization.{name}.nvme_path: expected a folder with device nvme, got "
                 f"{shown(section.nvme_path)}; add the path of a folder on the drive"
             )
-    optimizer = zero.offload_optimizer
-    if optimizer is None or zero.stage == 3:
-        return
-    if optimizer.ratio < 1.0:
-        yield (
-            f"zero_optimization.offload_optimizer.ratio: expected 1.0 below stage 3, got {optimizer.ratio}; "
-            "set zero_optimization.stage to 3 or ratio to 1.0"
-        )
-    if optimizer.super_offload:
-        yield (
-            "zero_optimization.offload_optimizer.super_offload: expected false below stage 3, got true; "
-            "set zero_optimization.stage to 3 or turn it off"
-        )
 
 
 def _zenflow(config: DeepSpeedConfig) -> Lines:

@@ -42,12 +42,12 @@ class OffloadOptimizerSection(Section):
 
     device: Device = key("none", "none, cpu or nvme")
     nvme_path: FilePath | None = key(None, "folder on the NVMe drive; required with nvme")
-    buffer_count: Size = key(4, "swap buffers; at least the states of one parameter")
+    buffer_count: Size = key(4, "tiles read ahead or waiting to be written, with nvme")
     pin_memory: bool = key(True, "page-locked host memory")
     pipeline_read: bool = key(False, "read the next tile while this one is updated")
     pipeline_write: bool = key(False, "write the last tile while this one is updated")
     fast_init: bool = key(False, "quicker start with nvme")
-    ratio: Fraction = key(1.0, "share of the update done on the host (below 1: stage 3 only)")
+    ratio: Fraction = key(1.0, "share of the states that is offloaded")
     super_offload: bool = key(False, "update in a process of its own (stage 3 only)")
     cpuadam_cores_perc: Fraction = key(0.8, "share of the cores for that process")
 

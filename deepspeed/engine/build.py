@@ -21,7 +21,7 @@ from deepspeed.config.batch import BatchSizes
 from deepspeed.data import DeepSpeedDataLoader
 from deepspeed.engine.feature import Feature
 from deepspeed.engine.features import make_features
-from deepspeed.engine.offload import disk_for_optimizer
+from deepspeed.engine.offload import home_of_states
 from deepspeed.engine.optimizers import choose_optimizer
 from deepspeed.engine.sharding import ShardedModule, choose_sharding, shard_module
 from deepspeed.errors import ConfigError
@@ -87,8 +87,8 @@ def build_parts(
     policy = precision_policy(settings, module)
     sharding = choose_sharding(settings, data_parallel)
     inner = choose_optimizer(module, settings, client_optimizer, model_parameters)
-    tier = None if inner is None else disk_for_optimizer(settings, data_parallel)
-    sharded = shard_module(module, inner, settings, policy, sharding, device, tier)
+    home = None if inner is None else home_of_states(settings, data_parallel, device)
+    sharded = shard_module(module, inner, settings, policy, sharding, device, home)
     raise_together(sharded.states.failure, data_parallel.process_group)
     optimizer = reducer = None
     if inner is not None:

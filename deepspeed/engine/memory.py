@@ -28,6 +28,7 @@ class MemoryReport:
         parameters: stored weights kept between uses.
         masters: the copies that are updated, where they are not the stored weights themselves.
         optimizer: the optimizer's states.
+        on_disk: masters and states that are on disk; no memory.
         gradients: gradients kept now.
         gathered: whole parameters that were brought in, now.
         peak_gathered: the most of these at once.
@@ -37,6 +38,7 @@ class MemoryReport:
     parameters: int
     masters: int
     optimizer: int
+    on_disk: int
     gradients: int
     gathered: int
     peak_gathered: int
@@ -61,6 +63,7 @@ class MemoryReport:
             "masters",
             "optimizer",
             "persistent",
+            "on_disk",
             "gradients",
             "gathered",
             "peak_gathered",
@@ -95,6 +98,7 @@ class MemoryControl(nn.Module):
             parameters=sum(_nbytes(unit.held) for unit in units),
             masters=sum(_nbytes(unit.master) for unit in units if unit.master is not unit.mine),
             optimizer=sum(_nbytes(one) for one in self._state_tensors()),
+            on_disk=self._zero.states.nbytes_away if self._zero is not None else 0,
             gradients=sum(one.nbytes for one in gradients),
             gathered=meter.nbytes if meter else 0,
             peak_gathered=meter.peak_nbytes if meter else 0,

@@ -1,6 +1,8 @@
-"""From the offload sections of a configuration to tiers."""
+"""From the offload sections of a configuration to the places where states live."""
 
 from __future__ import annotations
+
+import torch
 
 from deepspeed.comm.agreement import raise_together
 from deepspeed.config import DeepSpeedConfig
@@ -9,23 +11,49 @@ from deepspeed.offload.disk import Disk
 from deepspeed.offload.swap import SwapFolder
 from deepspeed.offload.tier import DiskTier
 from deepspeed.zero.stage import RankGroup
+from deepspeed.zero.states import StateHome
+
+HOST = torch.device("cpu")
+IN_USE = 3
+"""Buffers beside those that wait to be written or were read ahead: a leaf's states, its gradient, a landing."""
 
 
-def disk_for_optimizer(settings: DeepSpeedConfig, data_parallel: RankGroup) -> DiskTier | None:
-    """Make the tier of ``offload_optimizer``; None where states stay in memory. All ranks call it.
+def home_of_states(
+    settings: DeepSpeedConfig, data_parallel: RankGroup, device: torch.device
+) -> StateHome | None:
+    """Turn ``offload_optimizer`` into a place; None for the device itself. All ranks call it.
 
     Raises:
         OffloadError: any rank cannot use its folder.
     """
     section = settings.zero_optimization.offload_optimizer
-    if section is None or section.device != "nvme":
+    if section is None or section.device == "none":
         return None
-    return _tier(settings, str(section.nvme_path), section.buffer_count, section.pin_memory, data_parallel)
+    if section.device == "cpu":
+        return StateHome(HOST, ratio=section.ratio) if is_apart_from_host(device) else None
+    tier = disk_tier(
+        settings,
+        str(section.nvme_path),
+        data_parallel,
+        buffers=IN_USE + section.buffer_count,
+        pin=section.pin_memory,
+    )
+    return StateHome(HOST, tier, ratio=section.ratio)
 
 
-def _tier(
-    settings: DeepSpeedConfig, path: str, buffers: int, pin: bool, data_parallel: RankGroup
+def is_apart_from_host(device: torch.device) -> bool:
+    """Whether the device has memory of its own."""
+    return device.type != "cpu"
+
+
+def disk_tier(
+    settings: DeepSpeedConfig, path: str, data_parallel: RankGroup, *, buffers: int, pin: bool
 ) -> DiskTier:
+    """Make this rank's folder below `path`, and the threads that read and write there. All ranks call it.
+
+    Raises:
+        OffloadError: any rank cannot use its folder.
+    """
     folder, error = None, None
     try:
         folder = SwapFolder(path, data_parallel.rank)

@@ -10,7 +10,6 @@ from torch import nn
 from deepspeed.config import DeepSpeedConfig
 from deepspeed.engine.optimizers import leaf_kind
 from deepspeed.errors import ConfigError
-from deepspeed.offload.tier import DiskTier
 from deepspeed.precision.policy import PrecisionPolicy
 from deepspeed.zero.gatherer import Gatherer, GatherLimits
 from deepspeed.zero.grouping import NamedParameter
@@ -19,7 +18,7 @@ from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.partition import UnitPlan, make_units
 from deepspeed.zero.slot import slot_of, trained_slot
 from deepspeed.zero.stage import RankGroup, Sharding, sharding_for_stage
-from deepspeed.zero.states import TILE, LeafStates
+from deepspeed.zero.states import TILE, LeafStates, StateHome
 from deepspeed.zero.unit import Unit, arena_for
 
 
@@ -58,7 +57,7 @@ def shard_module(
     policy: PrecisionPolicy,
     sharding: Sharding,
     device: torch.device,
-    tier: DiskTier | None = None,
+    home: StateHome | None = None,
 ) -> ShardedModule:
     """Lay the parameters out: the trained ones, and at stage 3 or after ``zero.Init`` the others too."""
     groups = [] if inner is None else inner.param_groups
@@ -72,7 +71,7 @@ def shard_module(
     whole_parameters = inner is not None and leaf_kind(inner, sharding) == "whole"
     meter = GatherMeter()
     states = LeafStates(
-        tier,
+        home,
         whole_parameters=whole_parameters,
         tile=min(TILE, settings.zero_optimization.sub_group_size),
     )
@@ -82,7 +81,7 @@ def shard_module(
         group_index=group_index,
         arena=arena_for(sharding, device),
         meter=meter,
-        receive=states.receive,
+        states=states,
     )
     gatherer = None
     if sharding.marks_parameters:

@@ -27,6 +27,11 @@ def aligned_size(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
+def pinned_empty(numel: int, dtype: torch.dtype) -> Tensor:
+    """Return a 1-D host tensor that a device can read and write by itself; any memory where there is none."""
+    return torch.empty(numel, dtype=dtype, pin_memory=not get_accelerator().on_host)
+
+
 def aligned_empty(numel: int, dtype: torch.dtype, pin: bool = False) -> Tensor:
     """Return a 1-D host tensor of zeros that starts at a multiple of 4096 bytes.
 

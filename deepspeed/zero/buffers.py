@@ -11,12 +11,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deepspeed.offload.buffers import pinned_empty
+
 
 class BufferPool:
-    """Hand out flat buffers with stale contents; the one who takes a buffer owns it until it is given back."""
+    """Hand out flat buffers with stale contents; the one who takes a buffer owns it until it is given back.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: where they are.
+        pin: whether they are page-locked, on the host.
+    """
+
+    def __init__(self, device: torch.device, *, pin: bool = False) -> None:
         self._device = device
+        self._pin = pin
         self._keep = device.type == "cpu"
         self._free: list[Tensor] = []
 
@@ -26,6 +34,8 @@ class BufferPool:
             buffer for buffer in self._free if buffer.dtype == dtype and numel <= buffer.numel() <= 2 * numel
         ]
         if not fitting:
+            if self._pin:
+                return pinned_empty(numel, dtype)
             return torch.empty(numel, dtype=dtype, device=self._device)
         best = min(fitting, key=Tensor.numel)
         self._free = [buffer for buffer in self._free if buffer is not best]

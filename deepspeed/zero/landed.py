@@ -9,11 +9,13 @@ start, and without accumulation the optimizer reads half the bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from contextlib import nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.offload.tier import DiskTier, Parcel
 from deepspeed.zero.buffers import BufferPool
 
@@ -96,6 +98,51 @@ class GradientInMemory:
         self.shard = None
 
 
+class GradientOnHost(GradientInMemory):
+    """A landed gradient in host memory, for an update that runs there.
+
+    Note [Gradients leave while backward runs]
+        The copy goes over a stream of its own, which waits for the reduction; the memory on the device is given
+        up once the copy has been waited for, at the next landing or at the step.
+    """
+
+    def __init__(self, accumulate: torch.dtype, stream: Any) -> None:
+        super().__init__(BufferPool(torch.device("cpu"), pin=True), accumulate)
+        self._stream = stream
+        self._leaving: Tensor | None = None
+
+    def add(self, landing: Tensor) -> None:
+        accelerator = get_accelerator()
+        self._arrive()
+        host = self._pool.take(landing.numel(), landing.dtype)
+        if self._stream is not None:
+            self._stream.wait_stream(accelerator.current_stream())
+        with nullcontext() if self._stream is None else accelerator.stream(self._stream):
+            host.copy_(landing, non_blocking=True)
+        self._leaving = landing
+        if self.shard is not None:
+            self._arrive()
+        super().add(host)
+
+    def _arrive(self) -> None:
+        """Wait for the copy under way."""
+        if self._leaving is not None and self._stream is not None:
+            self._stream.synchronize()
+        self._leaving = None
+
+    def norms(self) -> list[Tensor]:
+        self._arrive()
+        return super().norms()
+
+    def visit(self, start: int, stop: int, *, changed: bool = False) -> Iterator[tuple[int, Tensor]]:
+        self._arrive()
+        return super().visit(start, stop, changed=changed)
+
+    def clear(self) -> None:
+        self._arrive()
+        super().clear()
+
+
 class GradientOnDisk:
     """A landed gradient on disk, in tiles.
 
@@ -121,7 +168,7 @@ class GradientOnDisk:
         self._pool.give(landing)
 
     def _add(self, landing: Tensor) -> None:
-        parts = landing.split(self._tile)
+        parts = landing.cpu().split(self._tile)
         while len(self._tiles) < len(parts):
             self._tiles.append(Parcel())
         if self.is_empty:

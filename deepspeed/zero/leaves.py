@@ -49,8 +49,13 @@ class Leaf:
 
     @property
     def out(self) -> Tensor | None:
-        """The storage that mirrors the leaf in low precision, or None where the leaf is the storage."""
-        return None if self.unit.master is self.unit.mine else self.of(self.unit.mine)
+        """The storage that mirrors the leaf in low precision, or None where the leaf is the storage.
+
+        Where the update runs on the host and the storage is on a device, the unit's mirror of it.
+        """
+        if self.unit.master is self.unit.mine:
+            return None
+        return self.of(self.unit.mine if self.unit.mirror is None else self.unit.mirror)
 
 
 def make_leaves(

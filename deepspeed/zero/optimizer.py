@@ -123,7 +123,7 @@ class ZeroOptimizer(WrappedOptimizer):
         before = list(inner.state)
         for gradients in self._reducer.gradients:
             unit = gradients.unit
-            self.states.lay_out(unit, [group_of[id(param)] for param in unit.params], inner.state)
+            self.states.lay_out(unit, [group_of[id(param)] for param in unit.params], inner)
         for param in before:
             del inner.state[param]
         self._fill_groups()
@@ -276,7 +276,7 @@ class ZeroOptimizer(WrappedOptimizer):
                 _refuse_unused([gradients.unit for gradients in active], unused)
             self._split_unused(unused)
         work = self._work(active, unused)
-        if self._fuses and not self.states.are_away:
+        if self._fuses and self.states.share_device and not self.states.are_away:
             for leaf, grad in self.states.visit(work):
                 self._fused_update(leaf, grad, scale, found_inf)
             self.overflow = found_inf is not None and _read(found_inf)
@@ -298,7 +298,7 @@ class ZeroOptimizer(WrappedOptimizer):
         """
         late = self._reducer.holds_local
         norms = [norm for gradients in active for norm in gradients.landed.norms()]
-        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        norm = _total_norm(norms, active[0].unit.flat.device)
         used = [flag for gradients in active for flag in gradients.used]
         group = self._data_parallel
         if group.size > 1:
@@ -360,8 +360,16 @@ class ZeroOptimizer(WrappedOptimizer):
     def _update_one(self, leaf: Leaf, grad: Tensor, scale: Tensor | None) -> None:
         if self._fuses:
             self._fused_update(leaf, grad, scale, None)
-        else:
-            self._plain_update([(leaf, grad)], scale)
+            return
+        before = _options(self.optimizer)
+        self._plain_update([(leaf, grad)], scale)
+        changed = sorted(before.items() ^ _options(self.optimizer).items())
+        if changed:
+            raise UsageError(
+                f"zero_optimization.offload_optimizer.device: expected an optimizer that can update one leaf after "
+                f"the other, but {type(self.optimizer).__name__} changes {changed[0][0][1]!r} of its param groups at "
+                "every call of step; use device cpu or none"
+            )
 
     def _raise_together(self, error: OffloadError | None) -> None:
         """Raise an error of any rank on all of them, where there can be one."""
@@ -370,13 +378,14 @@ class ZeroOptimizer(WrappedOptimizer):
 
     def _fused_update(self, leaf: Leaf, grad: Tensor, scale: Tensor | None, found_inf: Tensor | None) -> None:
         inner: Any = self.optimizer
+        scale = None if scale is None else scale.to(leaf.tensor.device)
         inner.update_leaf(leaf.tensor, leaf.group, grad, out=leaf.out, scale=scale, found_inf=found_inf)
         inner._opt_called = True  # what torch's schedules ask of the optimizer they drive
 
     def _plain_update(self, work: Sequence[tuple[Leaf, Tensor]], scale: Tensor | None) -> None:
         for leaf, grad in work:
             wide = grad.to(leaf.tensor.dtype)
-            leaf.tensor.grad = wide if scale is None else wide * scale
+            leaf.tensor.grad = wide if scale is None else wide * scale.to(wide.device)
         self.optimizer.step()
         for leaf, _ in work:
             leaf.tensor.grad = None
@@ -415,6 +424,22 @@ def _refuse_unused(units: Sequence[Unit], unused: set[nn.Parameter]) -> None:
         f"zero_optimization.ignore_unused_parameters: expected a gradient for every parameter, got none for "
         f"{', '.join(names)}; freeze them (requires_grad_(False)) or set the key to true"
     )
+
+
+def _options(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], str]:
+    """Describe the options of all param groups."""
+    return {
+        (index, key): repr(value)
+        for index, group in enumerate(optimizer.param_groups)
+        for key, value in group.items()
+        if key != "params"
+    }
+
+
+def _total_norm(norms: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the norm of what the parts together are, on the parameters' device."""
+    moved = [norm.to(device) for norm in norms]
+    return moved[0] if len(moved) == 1 else torch.linalg.vector_norm(torch.stack(moved))
 
 
 def _read(flag: Tensor) -> bool:

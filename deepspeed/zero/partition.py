@@ -14,6 +14,7 @@ from deepspeed.zero.grouping import NamedParameter, group_blocks, group_paramete
 from deepspeed.zero.layout import even_layout, whole_layout
 from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.stage import Sharding
+from deepspeed.zero.states import LeafStates
 from deepspeed.zero.unit import Unit
 
 Kind = Callable[[nn.Parameter], Hashable]
@@ -53,7 +54,7 @@ def make_units(
     group_index: dict[int, int],
     arena: Arena | None = None,
     meter: GatherMeter | None = None,
-    receive: Callable[[Unit], None] = lambda unit: None,
+    states: LeafStates | None = None,
 ) -> list[Unit]:
     """Lay parameters out in units.
 
@@ -64,7 +65,7 @@ def make_units(
             lie together in a unit, so that few leaves cover a shard.
         arena: where shards live if peers shall read them by themselves.
         meter: counts gathers.
-        receive: called with each unit before the next is made.
+        states: takes the masters of some of the trained units to where they belong.
 
     Returns:
         Units in registration order of their first parameter, within those that stay whole and those that do not.
@@ -80,6 +81,7 @@ def make_units(
         layout = whole_layout if plan.whole_parameters else even_layout
         dtypes, trained = policy.of(members[0][1]), id(members[0][1]) in group_index
         numels = [param.numel() for _, param in members]
+        away = states is not None and trained and states.takes(sum(numels))
         units.append(
             Unit(
                 members,
@@ -88,11 +90,13 @@ def make_units(
                 dtypes,
                 plan.device,
                 trained=trained,
+                master_on=states.device if states is not None and away else None,
                 arena=arena,
                 meter=meter,
             )
         )
-        receive(units[-1])
+        if states is not None and away:
+            states.receive(units[-1])
     return units
 
 

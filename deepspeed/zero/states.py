@@ -14,16 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.errors import OffloadError
 from deepspeed.offload.tier import DiskTier, Parcel
 from deepspeed.zero.buffers import BufferPool
 from deepspeed.zero.gradients import UnitGradients
-from deepspeed.zero.landed import GradientInMemory, GradientOnDisk, LandedGradient
+from deepspeed.zero.landed import GradientInMemory, GradientOnDisk, GradientOnHost, LandedGradient
 from deepspeed.zero.leaves import Leaf, make_leaves, split_leaf, take_state
 from deepspeed.zero.unit import Unit
 
@@ -33,11 +36,26 @@ TILE = 2**21
 State = dict[Tensor, dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class StateHome:
+    """Where the states of updated parameters live, if that is not where the parameters are.
+
+    Attributes:
+        device: whose memory they are in while they are updated.
+        tier: where they are between updates; None: there, too.
+        ratio: share of the elements; the rest stays with the parameters.
+    """
+
+    device: torch.device
+    tier: DiskTier | None = None
+    ratio: float = 1.0
+
+
 class LeafStates:
     """The states of all leaves.
 
     Args:
-        tier: where they go; None keeps them in memory.
+        home: where they go; None leaves them where the parameters are.
         whole_parameters: whether leaves are whole parameters (see `make_leaves`).
         tile: most elements of a leaf on disk.
 
@@ -47,47 +65,63 @@ class LeafStates:
 
     def __init__(
         self,
-        tier: DiskTier | None = None,
+        home: StateHome | None = None,
         *,
         whole_parameters: bool = False,
         tile: int = TILE,
     ) -> None:
         self.leaves: dict[Unit, list[Leaf]] = {}
-        self._tier = tier
+        self.device = None if home is None else home.device
+        self._tier = None if home is None else home.tier
+        self._ratio = 0.0 if home is None else home.ratio
+        self._seen = self._taken = 0  # elements
+        self._stream: Any = None  # on which gradients leave
         self._whole_parameters = whole_parameters
         self._tile = tile
         self._born: dict[Unit, Parcel] = {}  # masters of units that have no leaves yet
         self._parcels: dict[Leaf, Parcel] = {}
-        self._state: State = {}
+        self._optimizer: torch.optim.Optimizer | None = None
 
     # -- where things go --------------------------------------------------------------------------
 
+    def takes(self, numel: int) -> bool:
+        """Decide whether the states of a unit with `numel` elements leave the parameters: `ratio` of them do."""
+        self._seen += numel
+        if self._taken >= self._ratio * self._seen:
+            return False
+        self._taken += numel
+        return True
+
     def receive(self, unit: Unit) -> None:
-        """Take the master of a unit that was just made, if it is to be away between uses."""
-        if self._tier is None or not unit.trained:
-            return
+        """Take the master of a unit that was just made, to where it stays between updates."""
         self._born[unit] = Parcel()
-        if unit.master is not unit.mine:
+        if self._tier is not None and unit.master is not unit.mine:
             with self._tier.noting_failure():
                 self._tier.put(self._born[unit], [unit.master])
 
     def landing_place(self, unit: Unit, pool: BufferPool) -> LandedGradient:
         """Return what keeps a unit's reduced gradient."""
         accumulate = unit.dtypes.accumulate
-        if self._tier is None or unit not in self._born:
+        if unit not in self._born:
             return GradientInMemory(pool, accumulate)
-        return GradientOnDisk(self._tier, pool, accumulate, self._tile_of(unit))
+        if self._tier is not None:
+            return GradientOnDisk(self._tier, pool, accumulate, self._tile_of(unit))
+        if self._stream is None and unit.flat.device.type != "cpu":
+            self._stream = get_accelerator().Stream()
+        return GradientOnHost(accumulate, self._stream)
 
-    def lay_out(self, unit: Unit, group_of: Sequence[dict[str, Any]], state: State) -> None:
+    def lay_out(
+        self, unit: Unit, group_of: Sequence[dict[str, Any]], optimizer: torch.optim.Optimizer
+    ) -> None:
         """Cut a unit's shard into leaves.
 
         Args:
             unit: the unit.
             group_of: per parameter of the unit, the param group it belongs to.
-            state: what the optimizer has of parameters already; what it has of leaves, once all units were cut.
+            optimizer: that updates the leaves; what it has of parameters already is handed to them.
         """
-        self._state = state
-        born = self._born.get(unit)
+        self._optimizer = optimizer
+        born = None if self._tier is None else self._born.get(unit)
         if self._tier is not None and born is not None:
             self._tier.fetch(born)
         tile = None if born is None else self._tile_of(unit)
@@ -95,9 +129,9 @@ class LeafStates:
         self.leaves[unit] = leaves
         unit.visit_master = partial(self.visit_master, unit)
         for leaf in leaves:
-            taken = take_state(leaf, state)
+            taken = take_state(leaf, optimizer.state)
             if taken:
-                state[leaf.tensor] = taken
+                optimizer.state[leaf.tensor] = taken
             if born is not None:
                 self._parcels[leaf] = Parcel()
                 self._put(leaf)
@@ -105,6 +139,10 @@ class LeafStates:
             self._tier.drop(born)
             if unit.master is not unit.mine:
                 unit.master.data = unit.master.new_empty(0)
+
+    @property
+    def _state(self) -> State:
+        return {} if self._optimizer is None else self._optimizer.state
 
     def _tile_of(self, unit: Unit) -> int:
         return unit.layout.chunk if self._whole_parameters else self._tile
@@ -118,8 +156,13 @@ class LeafStates:
 
     @property
     def are_away(self) -> bool:
-        """Whether any leaf must be brought in to be updated."""
+        """Whether leaves must be brought in to be updated."""
         return bool(self._parcels)
+
+    @property
+    def share_device(self) -> bool:
+        """Whether every leaf is on the device of its parameters."""
+        return all(unit.mirror is None for unit in self.leaves)
 
     @property
     def nbytes_away(self) -> int:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from deepspeed import comm
 from deepspeed.comm.arena import Arena, Block, arena_of
 from deepspeed.errors import UsageError
+from deepspeed.offload.buffers import pinned_empty
 from deepspeed.precision.policy import ParamDtypes
 from deepspeed.zero.layout import Layout, Piece
 from deepspeed.zero.memory import FlatMemory
@@ -63,6 +65,7 @@ class Unit:
         dtypes: number formats.
         device: where the flat lives.
         trained: whether an optimizer updates it; without, the master is the stored shard.
+        master_on: where the master lives if it is to be apart from the stored shard, even in the same dtype.
         arena: where what is held lives if peers shall read it by themselves.
         meter: counts gathers.
 
@@ -77,6 +80,7 @@ class Unit:
         label: what errors between ranks call it.
         may_resize: whether its one parameter may take another size: no engine has laid it out yet.
         trained: whether an optimizer updates it.
+        mirror: host memory in which an update on the host leaves the stored shard, until `publish` moves it.
         visit_master: yields a range (start, stop) of the master in parts that are in memory; with `changed`, what
             is written to them is kept. The optimizer answers once it has taken the master over.
         demand: asked when a released parameter is used; gives a context in which it is whole, or None.
@@ -92,6 +96,7 @@ class Unit:
         device: torch.device,
         *,
         trained: bool = True,
+        master_on: torch.device | None = None,
         arena: Arena | None = None,
         meter: GatherMeter | None = None,
     ) -> None:
@@ -108,7 +113,6 @@ class Unit:
         self.lend: Callable[[Unit], None] | None = None
         self.may_resize = False
         self.trained = trained
-        self.visit_master: VisitRange = self._visit_own_master
         self._block: Block | None = None
         self._work: list[dist.Work] = []
         self._here = len(self.params)
@@ -118,9 +122,12 @@ class Unit:
         self.held = self._hold(arena)
         self.mine = self.held[sharding.spread_group.rank]
         self.master = self.mine
-        if trained and dtypes.master != dtypes.storage:
+        if trained and (master_on is not None or dtypes.master != dtypes.storage):
             chunk, rank = layout.chunk, sharding.shard_group.rank
-            self.master = given[rank * chunk : (rank + 1) * chunk].to(dtypes.master, copy=True)
+            own = given[rank * chunk : (rank + 1) * chunk]
+            self.master = own.to(master_on or device, dtypes.master, copy=True)
+        self.visit_master: VisitRange = partial(visit_range, self.master)
+        self.mirror = None if master_on in (None, device) else pinned_empty(layout.chunk, dtypes.storage)
         self._views = self.views(self.flat)
         meter = meter or GatherMeter()
         self.memory = FlatMemory(self.flat, meter)
@@ -192,11 +199,6 @@ class Unit:
             self.lose_one()
         if self.sharding.releases:
             self.memory.free()
-
-    def _visit_own_master(
-        self, start: int, stop: int, *, changed: bool = False
-    ) -> Iterator[tuple[int, Tensor]]:
-        yield start, self.master[start:stop]
 
     # -- where things lie -------------------------------------------------------------------------
 
@@ -367,14 +369,7 @@ class Unit:
                     self.held[row, piece.shard_start : piece.shard_stop] = part
         for piece in self.my_pieces() if self.master is not self.mine else ():
             if piece.index == index:
-                self._write_master(piece, flat_value)
-
-    def _write_master(self, piece: Piece, flat_value: Tensor) -> None:
-        for start, master in self.visit_master(piece.shard_start, piece.shard_stop, changed=True):
-            offset = start - piece.shard_start + piece.param_start
-            part = flat_value[offset : offset + master.numel()]
-            changed = master.to(self.dtypes.storage) != part.to(self.dtypes.storage)
-            master.copy_(torch.where(changed, part.to(master.dtype), master))
+                _write_master(self, piece, flat_value)
 
     def settle(self) -> None:
         """Wait until no rank is still reading or writing what ranks hold. A collective."""
@@ -433,6 +428,8 @@ class Unit:
     def publish(self, *, async_op: bool = False) -> dist.Work | None:
         """Spread this rank's shard to the ranks that hold a copy of it, once it was updated in storage."""
         self.updates += 1
+        if self.mirror is not None:
+            self.mine.copy_(self.mirror, non_blocking=True)
         group = self.sharding.spread_group
         if group.size == 1:
             return None
@@ -463,6 +460,22 @@ def _common_name(names: Sequence[str]) -> str:
         for steps in itertools.takewhile(lambda steps: len(set(steps)) == 1, zip(*paths, strict=False))
     ]
     return ".".join(shared) or f"{names[0]} and {len(names) - 1} more"
+
+
+def visit_range(
+    shard: Tensor, start: int, stop: int, *, changed: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield a range of a shard that is in memory."""
+    yield start, shard[start:stop]
+
+
+def _write_master(unit: Unit, piece: Piece, flat_value: Tensor) -> None:
+    """Set a piece of the master where the stored weight changes; elsewhere it keeps its finer value."""
+    for start, master in unit.visit_master(piece.shard_start, piece.shard_stop, changed=True):
+        offset = start - piece.shard_start + piece.param_start
+        part = flat_value[offset : offset + master.numel()].to(master.device)
+        changed = master.to(unit.dtypes.storage) != part.to(unit.dtypes.storage)
+        master.copy_(torch.where(changed, part.to(master.dtype), master))
 
 
 def _numbers(count: int) -> int:

@@ -181,10 +181,6 @@ CONFLICTS = [
         [f"{ZERO}.offload_optimizer.nvme_path: expected a folder", 'got ""', "add the path"],
     ),
     (
-        {ZERO: {**STAGE2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
-        [f"{ZERO}.offload_optimizer.ratio: expected 1.0 below stage 3, got 0.5", f"set {ZERO}.stage to 3"],
-    ),
-    (
         {ZERO: {"zenflow": {"select_strategy": "auto", "select_interval": 3}}},
         ["zenflow.select_interval: expected", "got 3", "set select_strategy"],
     ),
@@ -257,8 +253,6 @@ def test_the_error_speaks_of_the_key_as_the_user_wrote_it():
 
 
 UNBUILT = [
-    ({ZERO: {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, f"{ZERO}.offload_optimizer.device: "),
-    ({ZERO: {"cpu_offload": True}}, f"{ZERO}.offload_optimizer.device: "),
     ({ZERO: {"zenflow": {}}}, f"{ZERO}.zenflow: "),
     ({ZERO: {"zero_quantized_gradients": True}}, f"{ZERO}.zero_quantized_gradients: "),
     ({"optimizer": {"type": "OneBitAdam"}}, "optimizer.type: "),

@@ -44,6 +44,13 @@ READ = {
         zero_optimization.stage3_param_persistence_threshold zero_optimization.stage3_model_persistence_threshold
         zero_optimization.stage3_max_live_parameters zero_optimization.stage3_max_reuse_distance
         zero_optimization.stage3_prefetch_bucket_size zero_optimization.stage3_module_granularity_threshold
+        zero_optimization.sub_group_size
+    """,
+    "engine/offload.py": """
+        zero_optimization.offload_optimizer.device zero_optimization.offload_optimizer.nvme_path
+        zero_optimization.offload_optimizer.buffer_count zero_optimization.offload_optimizer.pin_memory
+        zero_optimization.offload_optimizer.ratio
+        aio.block_size aio.queue_depth aio.intra_op_parallelism
     """,
     "zero/leaf_modules.py": """
         zero_optimization.leaf_module.classes zero_optimization.leaf_module.names
@@ -108,6 +115,7 @@ OTHER = {
     "pipeline.partition": "uniform",
     "pipeline.stages": 2,
     "vocabulary_size": 50257,
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": 0.5,
 }
 """Of keys that are not true or false: a value that asks for something."""
 

@@ -11,7 +11,7 @@ import pytest
 
 from deepspeed.common.logging import logger
 from deepspeed.config import load_config
-from deepspeed.errors import ConfigError, NotBuiltError
+from deepspeed.errors import ConfigError
 
 SAMPLES = Path(__file__).parent / "samples"
 TREE = {"train_batch_size": 8, "zero_optimization": {"stage": 2, "reduce_bucket_size": 1e9}}
@@ -158,11 +158,20 @@ def test_what_trainers_always_write_gives_no_warning(name, log):
     assert log == []
 
 
-LATER = ("zero3_offload.json", "zero3_offload_auto.json")
+OFFLOADING = ("zero3_offload.json", "zero3_offload_auto.json")
+
+
+@pytest.mark.parametrize("name", OFFLOADING)
+def test_tutorial_files_that_offload_load_as_they_are(name):
+    config = load_config(SAMPLES / name)
+    zero = config.zero_optimization
+    assert (zero.offload_optimizer.device, zero.offload_param.device) == ("cpu", "cpu")
+    assert zero.sub_group_size == 10**9
+    assert zero.stage3_gather_16bit_weights_on_model_save
 
 
 def test_every_tutorial_file_is_tried():
-    assert {path.name for path in SAMPLES.iterdir()} == {*TODAY, *LATER}
+    assert {path.name for path in SAMPLES.iterdir()} == {*TODAY, *OFFLOADING}
 
 
 @pytest.mark.parametrize("name", TODAY)
@@ -171,19 +180,6 @@ def test_tutorial_files_load_as_they_are_and_without_a_warning(name, log):
     assert config.batch.train == 32
     assert config.zero_optimization.stage == TODAY[name]
     assert log == []
-
-
-@pytest.mark.parametrize("name", LATER)
-def test_tutorial_files_of_later_features_parse_and_are_refused(name, log):
-    config = load_config(SAMPLES / name, refuse_unbuilt=False)
-    assert config.zero_optimization.sub_group_size == 10**9
-    assert config.zero_optimization.stage3_gather_16bit_weights_on_model_save
-    if name == "zero3_offload.json":
-        assert config.zero_optimization.stage3_prefetch_bucket_size == 940_000
-    with pytest.raises(NotBuiltError) as caught:
-        load_config(SAMPLES / name)
-    for path in ("offload_param.device:", "offload_optimizer.device:"):
-        assert f"zero_optimization.{path}" in str(caught.value)
 
 
 def test_verbose_raises_the_log_level_and_log_level_wins(log):

@@ -6,12 +6,17 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from harness import run_on_ranks
 from training import TOLERANCE, assert_equal_training, config_for, train_both
+
+import deepspeed.engine.offload
 
 
 def parity(stage, precision, gas, clip, model, zero, folder):
     states = {"device": "nvme", "nvme_path": folder} if folder else {"device": "cpu"}
+    if "ratio" in zero:
+        states["ratio"] = zero.pop("ratio")
     config = config_for(stage, precision, gas, clip, offload_optimizer=states, **zero)
     engine, plain = train_both(config, precision=precision, model=model)
     assert_equal_training(engine, plain, TOLERANCE[precision])
@@ -49,3 +54,22 @@ def test_model_shapes_on_disk(stage, model):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_optimizer_in_host_memory(stage):
     run_on_ranks(2, parity, stage, "bf16", 2, 0.5, {}, {}, None)
+
+
+def parity_apart(*options):
+    """The host as a place of its own, as it is beside a GPU: ``cpu:0`` is another device than ``cpu`` by name."""
+    module = deepspeed.engine.offload
+    before = module.HOST, module.is_apart_from_host
+    module.HOST, module.is_apart_from_host = torch.device("cpu", 0), lambda device: True
+    try:
+        parity(*options)
+    finally:
+        module.HOST, module.is_apart_from_host = before
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("precision", "gas"), [("fp32", 1), ("bf16", 3), ("fp16", 2)])
+@pytest.mark.parametrize("ratio", [1.0, 0.5])
+def test_optimizer_on_a_host_apart(ranks, stage, precision, gas, ratio):
+    run_on_ranks(ranks, parity_apart, stage, precision, gas, 0.5, {}, {"ratio": ratio}, None)
