@@ -172,6 +172,8 @@ class LeafStates:
     def visit(self, work: Sequence[tuple[Leaf, UnitGradients]]) -> Iterator[tuple[Leaf, Tensor]]:
         """Yield each leaf with its gradient while both are in memory; what was changed is kept.
 
+        The last writes go on while the next forward runs; a failure of theirs is raised by the next step.
+
         Raises:
             OffloadError: reading or writing failed.
         """
@@ -183,7 +185,6 @@ class LeafStates:
                 yield leaf, grad if leaf.shape is None else grad.view(leaf.shape)
             if leaf in self._parcels:
                 self._put(leaf)
-        self.settle()
 
     def settle(self) -> None:
         """Wait until what was changed is where it belongs."""
