@@ -94,7 +94,12 @@ class UnitGradients:
         They are views of the shard: an edit between backward and step counts.
         """
         shard = self.landed.shard if isinstance(self.landed, GradientInMemory) else None
-        if shard is None or self.unit.layout.ranks > 1 or shard.dtype != self.unit.flat.dtype:
+        flat = self.unit.flat
+        if (
+            shard is None
+            or self.unit.layout.ranks > 1
+            or (shard.dtype, shard.device) != (flat.dtype, flat.device)
+        ):
             return
         for param, view, used in zip(self.unit.params, self.unit.views(shard), self.used, strict=True):
             param.grad = view if used else None

@@ -169,6 +169,7 @@ class ZeroOptimizer(WrappedOptimizer):
                 with unit.changing():
                     for leaf in leaves:
                         self._mirror(leaf)
+                    self.states.deliver(unit)
                     unit.publish()
 
     def _mirror(self, leaf: Leaf) -> None:
@@ -396,6 +397,7 @@ class ZeroOptimizer(WrappedOptimizer):
         """Spread the updated shards, each unit while the next is sent: more at once would need room for all."""
         before: Any = None
         for gradients in active:
+            self.states.deliver(gradients.unit)
             work = gradients.unit.publish(async_op=True)
             if before is not None:
                 before.wait()

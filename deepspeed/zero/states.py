@@ -191,6 +191,11 @@ class LeafStates:
         if self._tier is not None:
             self._tier.drain()
 
+    def deliver(self, unit: Unit) -> None:
+        """Move what an update on the host left in a unit's mirror to the stored shard."""
+        if unit.mirror is not None:
+            unit.mine.copy_(unit.mirror, non_blocking=True)
+
     def split(self, unit: Unit, indices: set[int]) -> None:
         """Give parameters leaves of their own (see `split_leaf`)."""
         leaves = self.leaves[unit]

@@ -80,7 +80,7 @@ class Unit:
         label: what errors between ranks call it.
         may_resize: whether its one parameter may take another size: no engine has laid it out yet.
         trained: whether an optimizer updates it.
-        mirror: host memory in which an update on the host leaves the stored shard, until `publish` moves it.
+        mirror: the stored shard in host memory, where the update runs there and the shard is on a device.
         visit_master: yields a range (start, stop) of the master in parts that are in memory; with `changed`, what
             is written to them is kept. The optimizer answers once it has taken the master over.
         demand: asked when a released parameter is used; gives a context in which it is whole, or None.
@@ -127,7 +127,9 @@ class Unit:
             own = given[rank * chunk : (rank + 1) * chunk]
             self.master = own.to(master_on or device, dtypes.master, copy=True)
         self.visit_master: VisitRange = partial(visit_range, self.master)
-        self.mirror = None if master_on in (None, device) else pinned_empty(layout.chunk, dtypes.storage)
+        self.mirror: Tensor | None = None
+        if master_on not in (None, device):
+            self.mirror = pinned_empty(layout.chunk, dtypes.storage).copy_(self.mine)
         self._views = self.views(self.flat)
         meter = meter or GatherMeter()
         self.memory = FlatMemory(self.flat, meter)
@@ -381,6 +383,8 @@ class Unit:
         """Change what is held inside; nobody reads it meanwhile. A collective."""
         self.settle()
         yield
+        if self.mirror is not None:
+            self.mirror.copy_(self.mine)
         self.updates += 1
         self.settle()
 
@@ -428,8 +432,6 @@ class Unit:
     def publish(self, *, async_op: bool = False) -> dist.Work | None:
         """Spread this rank's shard to the ranks that hold a copy of it, once it was updated in storage."""
         self.updates += 1
-        if self.mirror is not None:
-            self.mine.copy_(self.mirror, non_blocking=True)
         group = self.sharding.spread_group
         if group.size == 1:
             return None

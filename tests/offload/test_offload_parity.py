@@ -6,11 +6,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 from harness import run_on_ranks
+from places import host_apart
 from training import TOLERANCE, assert_equal_training, config_for, train_both
-
-import deepspeed.engine.offload
 
 
 def parity(stage, precision, gas, clip, model, zero, folder):
@@ -57,14 +55,13 @@ def test_optimizer_in_host_memory(stage):
 
 
 def parity_apart(*options):
-    """The host as a place of its own, as it is beside a GPU: ``cpu:0`` is another device than ``cpu`` by name."""
-    module = deepspeed.engine.offload
-    before = module.HOST, module.is_apart_from_host
-    module.HOST, module.is_apart_from_host = torch.device("cpu", 0), lambda device: True
-    try:
+    with host_apart():
         parity(*options)
-    finally:
-        module.HOST, module.is_apart_from_host = before
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_unused_parameters_on_a_host_apart(stage):
+    run_on_ranks(2, parity_apart, stage, "bf16", 1, 0.5, {"unused": True, "frozen": True}, {}, None)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_on_ranks
+from places import host_apart
 from toys import make_toy, toy_batch
 from training import config_for, drive_engine
 
@@ -29,6 +30,12 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
 )
+
+
+def make_engine_on_host(stage):
+    with host_apart():
+        config = config_for(stage, "bf16", 1, 0.5, offload_optimizer={"device": "cpu"})
+        return deepspeed.initialize(model=make_toy(), config=config)[0]
 
 
 def make_engine(folder, stage=3, precision="bf16", optimizer=None, gas=1, **zero):
@@ -64,7 +71,8 @@ def close(one, other):
 
 
 def edits(folder, stage):
-    away, here = make_engine(folder, stage), make_engine(None, stage)
+    away = make_engine(folder, stage) if folder else make_engine_on_host(stage)
+    here = make_engine(None, stage)
     for engine in (away, here):
         train(engine, [0])
         engine.backward(engine(toy_batch(1, 0, dist.get_rank())[0]).float().square().mean())
@@ -89,6 +97,11 @@ def edits(folder, stage):
 def test_weights_gradients_and_states_can_be_read_and_set(stage):
     with a_folder() as folder:
         run_on_ranks(2, edits, folder, stage)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_weights_gradients_and_states_on_a_host_apart_can_be_read_and_set(stage):
+    run_on_ranks(2, edits, None, stage)
 
 
 def reloaded(folder):
