@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import deepspeed.zero.unit
+import deepspeed.zero.holder
 
 
 @contextmanager
 def gathers_are_collectives() -> Iterator[None]:
     """Within, no arena is found, so that units are gathered by collectives."""
-    found = deepspeed.zero.unit.arena_of
-    deepspeed.zero.unit.arena_of = lambda group: None
+    found = deepspeed.zero.holder.arena_of
+    deepspeed.zero.holder.arena_of = lambda group: None
     try:
         yield
     finally:
-        deepspeed.zero.unit.arena_of = found
+        deepspeed.zero.holder.arena_of = found

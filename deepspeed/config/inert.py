@@ -43,6 +43,7 @@ INERT = {
     f"{ZERO}.offload_optimizer.pipeline_read": "the next tile is always read while one is updated",
     f"{ZERO}.offload_optimizer.pipeline_write": "a tile is always written while the next is updated",
     f"{ZERO}.offload_optimizer.super_offload": "gradients always leave during backward and units return one by one",
+    f"{ZERO}.offload_param.buffer_size": "weights are read into their place, and buffers are as large as what passes",
     f"{ZERO}.override_module_apply": "what changes parameters in zero.Init always sees them whole",
     f"{ZERO}.pipeline_loading_checkpoint": "engine.load_checkpoint is not built yet",
     f"{ZERO}.reduce_scatter": "gradients only ever go to the rank that owns them",

@@ -115,6 +115,11 @@ def _offload(config: DeepSpeedConfig) -> Lines:
                 f"zero_optimization.{name}.nvme_path: expected a folder with device nvme, got "
                 f"{shown(section.nvme_path)}; add the path of a folder on the drive"
             )
+    if zero.stage < 3 and zero.offload_param is not None and zero.offload_param.device == "nvme":
+        yield (
+            'zero_optimization.offload_param.device: expected "none" or "cpu" below stage 3, where parameters stay '
+            'whole, got "nvme"; set zero_optimization.stage to 3 or remove the section'
+        )
 
 
 def _zenflow(config: DeepSpeedConfig) -> Lines:

@@ -37,10 +37,6 @@ class Unbuilt:
         return path != self.path and any(fnmatchcase(path, one) for one in (*beside, *self.settings))
 
 
-def _on_disk(device: Any) -> bool:
-    return bool(device == "nvme")
-
-
 def _above(low: int) -> Callable[[Any], bool]:
     return lambda value: value is not None and value > low
 
@@ -67,9 +63,6 @@ def _techniques() -> list[Unbuilt]:
 
 ZERO = "zero_optimization"
 TABLE = [
-    Unbuilt(
-        f"{ZERO}.offload_param.device", "parameters on disk", _on_disk, settings=(f"{ZERO}.offload_param.*",)
-    ),
     Unbuilt(
         f"{ZERO}.zenflow",
         "ZenFlow, which trains with stale gradients",

@@ -31,9 +31,9 @@ class OffloadParamSection(Section):
 
     device: Device = key("none", "none, cpu or nvme")
     nvme_path: FilePath | None = key(None, "folder on the NVMe drive; required with nvme")
-    buffer_count: Size = key(5, "swap buffers")
-    buffer_size: Size = key(100_000_000, "elements per swap buffer")
-    max_in_cpu: Size = key(1_000_000_000, "elements kept in host memory with nvme")
+    buffer_count: Size = key(5, "most buffers that are on their way to the drive; at least 2")
+    buffer_size: Size = key(100_000_000, "no effect; buffers are as large as what passes through them")
+    max_in_cpu: Size = key(1_000_000_000, "elements that each rank keeps in host memory with nvme")
     pin_memory: bool = key(True, "page-locked host memory")
 
 

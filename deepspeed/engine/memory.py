@@ -28,7 +28,7 @@ class MemoryReport:
         parameters: stored weights kept between uses.
         masters: the copies that are updated, where they are not the stored weights themselves.
         optimizer: the optimizer's states.
-        on_disk: masters and states that are on disk; no memory.
+        on_disk: stored weights, masters and states that are on disk; no memory.
         gradients: gradients kept now.
         gathered: whole parameters that were brought in, now.
         peak_gathered: the most of these at once.
@@ -95,10 +95,11 @@ class MemoryControl(nn.Module):
         meter = self._gatherer.meter if self._gatherer is not None else None
         gradients = self._reducer.gradients if self._reducer is not None else []
         return MemoryReport(
-            parameters=sum(_nbytes(unit.held) for unit in units),
-            masters=sum(_nbytes(unit.master) for unit in units if unit.master is not unit.mine),
+            parameters=sum(unit.held.nbytes for unit in units),
+            masters=sum(_nbytes(unit.master) for unit in units if unit.has_master),
             optimizer=sum(_nbytes(one) for one in self._state_tensors()),
-            on_disk=self._zero.states.nbytes_away if self._zero is not None else 0,
+            on_disk=sum(unit.held.nbytes_on_disk for unit in units)
+            + (self._zero.states.nbytes_away if self._zero is not None else 0),
             gradients=sum(one.nbytes for one in gradients),
             gathered=meter.nbytes if meter else 0,
             peak_gathered=meter.peak_nbytes if meter else 0,

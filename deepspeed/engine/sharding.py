@@ -7,19 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.config import DeepSpeedConfig
 from deepspeed.engine.optimizers import leaf_kind
 from deepspeed.errors import ConfigError
 from deepspeed.precision.policy import PrecisionPolicy
 from deepspeed.zero.gatherer import Gatherer, GatherLimits
 from deepspeed.zero.grouping import NamedParameter
+from deepspeed.zero.holder import leave_device, make_holder
 from deepspeed.zero.leaf_modules import modules_together
 from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.partition import UnitPlan, make_units
 from deepspeed.zero.slot import slot_of, trained_slot
 from deepspeed.zero.stage import RankGroup, Sharding, sharding_for_stage
 from deepspeed.zero.states import TILE, LeafStates, StateHome
-from deepspeed.zero.unit import Unit, arena_for
+from deepspeed.zero.unit import Unit
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,11 @@ class ShardedModule:
 def choose_sharding(settings: DeepSpeedConfig, data_parallel: RankGroup) -> Sharding:
     """Turn the stage, MiCS and hpZ keys into groups of ranks."""
     zero = settings.zero_optimization
+    device = torch.device(get_accelerator().current_device_name())
     return sharding_for_stage(
         int(zero.stage),
         data_parallel,
+        away=leave_device(zero.offload_param, device),
         mics_size=zero.mics_shard_size,
         hpz_size=zero.zero_hpz_partition_size,
     )
@@ -79,7 +83,7 @@ def shard_module(
         [pair for pair in named if id(pair[1]) in group_index or _is_laid_out(pair[1], sharding)],
         _plan(module, settings, policy, sharding, device, whole_parameters),
         group_index=group_index,
-        arena=arena_for(sharding, device),
+        holder=make_holder(sharding, device, settings.zero_optimization.offload_param, settings.aio),
         meter=meter,
         states=states,
     )

@@ -9,6 +9,7 @@ each; a worker takes the next piece of the oldest request that has one left.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -29,16 +30,24 @@ Piece = tuple[int, int]
 """Start and end, in bytes of the buffer."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
-    """What to move, and the pieces that no worker has taken."""
+    """What to move, the pieces that no worker has taken, and the workers that have not left."""
 
     file: DataFile
     offset: int
+    buffer: Tensor | None
     array: np.ndarray
-    address: int
     write: bool
     pieces: deque[Piece]
+    workers: deque[int]
+    address: int
+
+    def leave(self) -> None:
+        """Let go of the memory with the last worker: who waits may be counting who shares it."""
+        self.workers.pop()
+        if not self.workers:
+            self.buffer = None
 
 
 class Pending:
@@ -94,14 +103,13 @@ class Disk:
         file.check_open()
         array = _bytes_of(buffer)
         pieces = deque(cut(offset, len(array), self.block_size))
-        request = Request(file, offset, array, buffer.data_ptr(), write, pieces)
-        parts = [
-            self._pool.submit(self._serve, request) for _ in range(min(self.workers, len(request.pieces)))
-        ]
+        workers = deque(range(min(self.workers, len(pieces))))
+        request = Request(file, offset, buffer, array, write, pieces, workers, buffer.data_ptr())
+        parts = [self._pool.submit(self._serve, request) for _ in range(len(workers))]
         for part in parts:
             file.requests.add(part)
             part.add_done_callback(file.requests.discard)
-        return Pending(len(array), parts)
+        return Pending(array.nbytes, parts)
 
     def _serve(self, request: Request) -> int:
         """In a worker: move pieces until none is left; return the bytes moved."""
@@ -116,6 +124,8 @@ class Disk:
         except BaseException:
             request.pieces.clear()  # the request has failed; the other workers need not go on
             raise
+        finally:
+            request.leave()
         return moved
 
     def _move(self, request: Request, start: int, end: int) -> None:
@@ -153,4 +163,9 @@ def _bytes_of(buffer: Tensor) -> np.ndarray:
             f"Disk: expected a contiguous tensor in host memory, got shape {tuple(buffer.shape)} with strides "
             f"{buffer.stride()} on {buffer.device}; copy it into one first"
         )
-    return buffer.detach().reshape(-1).view(torch.uint8).numpy()
+    nbytes = buffer.numel() * buffer.element_size()
+    if nbytes == 0:
+        return np.empty(0, dtype=np.uint8)
+    # Not Tensor.numpy(): memory that it has seen can never be resized again.
+    memory = memoryview((ctypes.c_char * nbytes).from_address(buffer.data_ptr()))
+    return np.frombuffer(memory, dtype=np.uint8)

@@ -16,16 +16,19 @@ is noted (`noting_failure`), nothing more is written, and the next step raises i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from deepspeed.comm.agreement import raise_together
 from deepspeed.errors import OffloadError
 from deepspeed.offload.buffers import aligned_empty, aligned_size
 from deepspeed.offload.disk import Disk, Pending
+from deepspeed.offload.files import DataFile
 from deepspeed.offload.swap import Extent, SwapFolder
 
 
@@ -83,7 +86,7 @@ class DiskTier:
         self.failure: OffloadError | None = None
         self._made = 0
         self._free: list[Tensor] = []
-        self._writing: deque[tuple[Pending, Tensor, Parcel]] = deque()
+        self._writing: deque[tuple[Pending, Tensor, Parcel | None]] = deque()
 
     @property
     def nbytes(self) -> int:
@@ -186,6 +189,42 @@ class DiskTier:
         self._folder.close()
         self._free.clear()
 
+    # -- ranges of a file -------------------------------------------------------------------------
+
+    def reserve(self, nbytes: int) -> Extent:
+        """Return space in the tier's file (OffloadError: there is none)."""
+        return self._folder.reserve(nbytes)
+
+    def free(self, extent: Extent) -> None:
+        """Give space back."""
+        self._folder.free(extent)
+
+    @property
+    def file(self) -> DataFile:
+        """Where extents lie."""
+        return self._folder.file
+
+    @contextmanager
+    def written_behind(self, extent: Extent, start: int, nbytes: int) -> Iterator[Tensor]:
+        """Give a buffer of bytes, written at the end to the extent from its byte `start` on; `drain` waits for it."""
+        buffer = self._take(nbytes)
+        try:
+            yield buffer[:nbytes]
+        except BaseException:
+            self._give(buffer)
+            raise
+        pending = self.disk.write(extent.file, extent.offset + start, buffer[:nbytes])
+        self._writing.append((pending, buffer, None))
+
+    def read(self, file: DataFile, offset: int, target: Tensor) -> Pending | ReadThroughHost:
+        """Begin to fill `target`, contiguous and on any device, from byte `offset` of a file."""
+        if target.device.type == "cpu":
+            return self.disk.read(file, offset, target)
+        nbytes = target.numel() * target.element_size()
+        buffer = self._take(nbytes)
+        pending = self.disk.read(file, offset, buffer[:nbytes])
+        return ReadThroughHost(pending, buffer, target, self._give)
+
     # -- inside -----------------------------------------------------------------------------------
 
     def _packed(self, parcel: Parcel) -> Tensor:
@@ -246,6 +285,9 @@ class DiskTier:
         self._made += 1
         return aligned_empty(nbytes, torch.uint8, pin=self._pin)
 
+    def _give(self, buffer: Tensor) -> None:
+        self._free.append(buffer)
+
     def _finish_write(self) -> None:
         pending, buffer, _ = self._writing.popleft()
         self._free.append(buffer)
@@ -260,6 +302,41 @@ class DiskTier:
             assert parcel.buffer is not None
             self._free.append(parcel.buffer)
             parcel.reading = parcel.buffer = None
+
+
+class ReadThroughHost:
+    """A read for a device: on its way to a buffer, and copied from there when it is waited for."""
+
+    def __init__(
+        self, pending: Pending, buffer: Tensor, target: Tensor, give: Callable[[Tensor], None]
+    ) -> None:
+        self._pending, self._buffer, self._target, self._give = pending, buffer, target, give
+
+    def wait(self) -> None:
+        """Return when the target is filled; raise OffloadError if it cannot be."""
+        try:
+            nbytes = self._pending.wait()
+            self._target.copy_(self._buffer[:nbytes].view(self._target.dtype).view(self._target.shape))
+        finally:
+            self._give(self._buffer)
+
+
+def open_tier(
+    path: str, disk: Disk, *, buffers: int, pin: bool, rank: int, group: dist.ProcessGroup | None
+) -> DiskTier:
+    """Make a tier in a folder of this rank's own below `path`. All ranks of `group` call it.
+
+    Raises:
+        OffloadError: any rank cannot use its folder.
+    """
+    folder, error = None, None
+    try:
+        folder = SwapFolder(path, rank)
+    except OffloadError as found:
+        error = found
+    raise_together(error, group)
+    assert folder is not None
+    return DiskTier(disk, folder, buffers=buffers, pin=pin)
 
 
 def _places(tensors: Iterable[Tensor]) -> tuple[list[Place], int]:

@@ -92,7 +92,7 @@ def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
         _write(slot, unit.visit_master, value.reshape(-1))
         piece = slot.my_piece()
         if piece is not None:
-            unit.mine[piece.shard_start : piece.shard_stop] = value.reshape(-1)
+            unit.held.write_mine(piece.shard_start, value.reshape(-1))
         unit.publish()
 
 

@@ -212,7 +212,7 @@ def whole_values(state: dict[str, Any], *, keep: bool) -> dict[str, Any] | None:
 def _copy_of(slot: Slot, *, keep: bool) -> Tensor:
     """Read a parameter into host memory; a rank that keeps nothing helps the others where they need it."""
     unit = slot.unit
-    if not keep and unit.reads_alone:
+    if not keep and unit.held.reads_alone:
         return torch.empty(0)
     shape = unit.params[slot.index].shape
     value = torch.empty(shape, dtype=unit.flat.dtype, device=unit.flat.device)

@@ -44,7 +44,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deepspeed.common.logging import warn_once
 from deepspeed.common.nested import tensors_in
-from deepspeed.errors import UsageError
+from deepspeed.errors import OffloadError, UsageError
 from deepspeed.zero import external
 from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.order import UseOrder
@@ -102,6 +102,10 @@ class Gatherer:
         units: all its units that are released between uses.
         limits: how much may be gathered.
         meter: the units' meter.
+
+    Attributes:
+        failure: what went wrong in a training pass, and the next step raises.
+        raised_by_step: whether there is a step that does.
     """
 
     def __init__(
@@ -111,6 +115,9 @@ class Gatherer:
         self.units = [unit for unit in units if unit.sharding.releases]
         self.limits = limits
         self.meter = meter
+        self.failure: OffloadError | None = None
+        self.raised_by_step = False
+        self._reads_ahead = any(unit.held.reads_ahead for unit in self.units)
         self._by_storage = {unit.memory.key: unit for unit in self.units}
         self._orders = {True: UseOrder(), False: UseOrder()}  # of passes with gradients, and without
         self._training = False
@@ -343,14 +350,24 @@ class Gatherer:
         if not unit.is_whole:
             if not unit.is_gathering:
                 self._make_room(unit)
-            unit.bring()
-        if is_new and not unit.reads_alone:
+            self._bring_in(unit)
+        if is_new and self._reads_ahead:
             self._prefetch()
+
+    def _bring_in(self, unit: Unit) -> None:
+        """Make a unit whole; where a step will raise it on all ranks, a failure waits for that."""
+        try:
+            unit.bring()
+        except OffloadError as error:
+            if not (self.raised_by_step and self._training):
+                raise
+            self.failure = self.failure or error
+            _show_zeros(unit)
 
     def _prefetch(self) -> None:
         ahead = 0
         for unit in self._order.upcoming():
-            if unit.is_whole or unit.is_gathering:
+            if unit.is_whole or unit.is_gathering or not unit.held.reads_ahead:
                 continue
             ahead += unit.layout.total
             if ahead > self.limits.prefetch or self.meter.numel + unit.layout.total > self.limits.live:
@@ -458,6 +475,13 @@ def _common(paths: list[list[str]]) -> str:
             break
         shared.append(parts[0])
     return ".".join(shared)
+
+
+def _show_zeros(unit: Unit) -> None:
+    """Let a pass go on without the values, to where all ranks learn that they cannot be read."""
+    unit.memory.bring()
+    unit.flat.zero_()
+    unit.is_whole = True
 
 
 def _outdated(unit: Unit) -> UsageError:

@@ -27,15 +27,18 @@ from torch import nn
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.config import read_config
+from deepspeed.config.compilation import AioSection
+from deepspeed.config.zero import OffloadParamSection
 from deepspeed.errors import ConfigError, NotBuiltError
 from deepspeed.precision.policy import PrecisionPolicy
 from deepspeed.zero import constructors
 from deepspeed.zero.gathered import GatheredParameters
+from deepspeed.zero.holder import Holder, leave_device, make_holder
 from deepspeed.zero.layout import even_layout
 from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.slot import slot_of
 from deepspeed.zero.stage import RankGroup, Sharding, sharding_for_stage
-from deepspeed.zero.unit import Unit, arena_for, refuse
+from deepspeed.zero.unit import Unit, refuse
 
 TRIM_EVERY = 32 * 2**20
 """Bytes of parameters made on the host after which the heap's holes, left by whole ones, go back to the system."""
@@ -55,8 +58,9 @@ class Init:
         module: shard this finished module at once, instead of what is constructed inside.
         data_parallel_group: ranks to shard over; None: those of `mpu`, or all.
         mem_efficient_linear: accepted; gathered weights are never kept for backward.
-        remote_device: where shards live; None or "none": on the device, "cpu" where that is the device.
-        pin_memory: accepted; matters for shards on the host of a device.
+        remote_device: where shards live: "none" (on the device), "cpu" or "nvme" (in the folder that the
+            configuration names); None: as ``offload_param`` says.
+        pin_memory: page-locked memory for shards on the host of a device; ``offload_param`` decides where it is.
         config_dict_or_path: configuration; its precision gives the dtype, its MiCS and hpZ keys the groups.
         config: older name of the same.
         enabled: False does nothing.
@@ -96,9 +100,7 @@ class Init:
         if not enabled:
             return
         _check_kinds(module, data_parallel_group or sequence_data_parallel_group, mpu, dtype)
-        _refuse_unbuilt(
-            remote_device, param_swapper, zero_quantized_weights or zero_quantized_nontrainable_weights
-        )
+        _refuse_unbuilt(param_swapper, zero_quantized_weights or zero_quantized_nontrainable_weights)
         comm.init_distributed(verbose=False)
         if data_parallel_group is not None and sequence_data_parallel_group is not None:
             raise ConfigError(
@@ -109,20 +111,27 @@ class Init:
             group = mpu.get_data_parallel_group()
         source = config_dict_or_path if config_dict_or_path is not None else config
         self._dtype = dtype
-        sizes = {}
+        sizes, offload, self._aio = {}, None, AioSection()
         if source is not None:
             settings = read_config(source, bf16_supported=get_accelerator().is_bf16_supported())
             zero = settings.zero_optimization
             sizes = {"mics_size": zero.mics_shard_size, "hpz_size": zero.zero_hpz_partition_size}
+            offload, self._aio = zero.offload_param, settings.aio
             if dtype is None and (settings.fp16.enabled or settings.bf16.enabled):
                 self._dtype = torch.float16 if settings.fp16.enabled else torch.bfloat16
-        self._sharding = sharding_for_stage(3, RankGroup.of(group), **sizes)
+        self._offload = _offload_to(remote_device, offload, pin_memory)
+        away = leave_device(self._offload, _device())
+        self._sharding = sharding_for_stage(3, RankGroup.of(group), **sizes, away=away)
         if module is not None:
-            Construction(self._sharding, self._dtype).shard_all(module)
+            self._construction().shard_all(module)
+
+    def _construction(self) -> Construction:
+        holder = make_holder(self._sharding, _device(), self._offload, self._aio)
+        return Construction(self._sharding, self._dtype, holder)
 
     def __enter__(self) -> Init:
         if self._enabled and not constructors.is_patched():
-            self._entered = Construction(self._sharding, self._dtype)
+            self._entered = self._construction()
             self._entered.begin()
         return self
 
@@ -135,10 +144,9 @@ class Init:
 class Construction:
     """What happens to the modules that are made in one context."""
 
-    def __init__(self, sharding: Sharding, dtype: torch.dtype | None) -> None:
-        self._sharding, self._dtype = sharding, dtype
-        self._device = torch.device(get_accelerator().current_device_name())
-        self._arena = arena_for(sharding, self._device)
+    def __init__(self, sharding: Sharding, dtype: torch.dtype | None, holder: Holder) -> None:
+        self._sharding, self._dtype, self._holder = sharding, dtype, holder
+        self._device = _device()
         self._meter = GatherMeter()
         self._under_way: list[nn.Module] = []
         self._units: list[Unit] = []
@@ -206,7 +214,7 @@ class Construction:
             dtypes,
             self._device,
             trained=False,
-            arena=self._arena,
+            holder=self._holder,
             meter=self._meter,
         )
         unit.demand, unit.lend = _first_rank_decides, self._lend
@@ -242,13 +250,34 @@ def _check_kinds(module: Any, group: Any, mpu: Any, dtype: Any) -> None:
         raise ConfigError(f"zero.Init: {problem}")
 
 
-def _refuse_unbuilt(remote_device: str | None, param_swapper: Any, quantised: bool) -> None:
-    host = get_accelerator().current_device_name() == "cpu"
-    if remote_device not in (None, "none") and not (remote_device == "cpu" and host):
-        raise NotBuiltError(
-            f'zero.Init: expected remote_device None, got "{remote_device}"; offload is not built yet'
+def _device() -> torch.device:
+    return torch.device(get_accelerator().current_device_name())
+
+
+def _offload_to(
+    remote_device: str | None, section: OffloadParamSection | None, pin: bool
+) -> OffloadParamSection | None:
+    """Return the configured ``offload_param`` with the device that the argument names."""
+    if remote_device is None:
+        return section
+    if remote_device not in ("none", "cpu", "nvme"):
+        raise ConfigError(
+            f'zero.Init: remote_device: expected "none", "cpu" or "nvme", got {remote_device!r}'
         )
+    section = section or OffloadParamSection(pin_memory=pin)
+    if remote_device == "nvme" and not section.nvme_path:
+        raise ConfigError(
+            "zero.Init: remote_device: nvme needs a folder; set zero_optimization.offload_param.nvme_path in the "
+            "configuration, and pass that as config_dict_or_path"
+        )
+    return section.model_copy(update={"device": remote_device})
+
+
+def _refuse_unbuilt(param_swapper: Any, quantised: bool) -> None:
     if param_swapper is not None:
-        raise NotBuiltError("zero.Init: expected param_swapper None; offload is not built yet")
+        raise ConfigError(
+            "zero.Init: param_swapper: expected None, got another swapper; parameters go to disk as "
+            "zero_optimization.offload_param of the configuration says"
+        )
     if quantised:
         raise NotBuiltError("zero.Init: quantised weights are not built yet; leave the argument out")

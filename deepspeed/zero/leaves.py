@@ -13,6 +13,7 @@ own, with its part of the state, and is skipped like everywhere else.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,15 +48,26 @@ class Leaf:
         flat = shard[self.start : self.stop]
         return flat if self.shape is None else flat.view(self.shape)
 
-    @property
-    def out(self) -> Tensor | None:
-        """The storage that mirrors the leaf in low precision, or None where the leaf is the storage.
+    @contextmanager
+    def writing_out(self) -> Iterator[Tensor | None]:
+        """Give the tensor that new values are to be written to in storage precision; None where the leaf is that.
 
-        Where the update runs on the host and the storage is on a device, the unit's mirror of it.
+        Where the update runs on the host and the storage is on a device, it is the unit's mirror of that.
         """
-        if self.unit.master is self.unit.mine:
-            return None
-        return self.of(self.unit.mine if self.unit.mirror is None else self.unit.mirror)
+        unit = self.unit
+        if not unit.has_master:
+            yield None
+        elif unit.mirror is not None:
+            yield self.of(unit.mirror)
+        else:
+            with unit.held.writing(self.start, self.stop, self.tensor.device) as out:
+                yield out if self.shape is None else out.view(self.shape)
+
+    def write_out(self) -> None:
+        """Copy the leaf's values to storage."""
+        with self.writing_out() as out:
+            if out is not None:
+                out.copy_(self.tensor)
 
 
 def make_leaves(

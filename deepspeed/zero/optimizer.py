@@ -110,8 +110,11 @@ class ZeroOptimizer(WrappedOptimizer):
         self._replace_params()
         self.parking = Parking(self._states)
         self._fuses = hasattr(inner, "update_leaf")
+        units = self.units if gatherer is None else [*self.units, *gatherer.units]
+        self._may_fail = self.states.are_away or any(unit.held.nbytes_on_disk for unit in units)
         if gatherer is not None:
             reducer.on_complete = gatherer.gradients_arrived
+            gatherer.raised_by_step = True
         for gradients in reducer.gradients:
             for index, param in enumerate(gradients.unit.params):
                 param.ds_slot = TrainedSlot(gradients.unit, index, self, gradients)  # type: ignore[attr-defined]
@@ -174,9 +177,9 @@ class ZeroOptimizer(WrappedOptimizer):
 
     def _mirror(self, leaf: Leaf) -> None:
         """Copy a leaf's master to the storage that mirrors it."""
-        if leaf.out is not None:
+        if leaf.unit.has_master:
             with self.states.present(leaf, changed=False):
-                leaf.out.copy_(leaf.tensor)
+                leaf.write_out()
 
     def _states(self, kind: OffloadStateTypeEnum) -> list[Tensor]:
         """Find the tensors of one kind of state."""
@@ -184,9 +187,9 @@ class ZeroOptimizer(WrappedOptimizer):
             values = [one for state in self.state.values() for one in state.values()]
             return [one for one in values if isinstance(one, Tensor) and one.dim() > 0]
         if kind is OffloadStateTypeEnum.hp_params:
-            return [unit.master for unit in self.units if unit.master is not unit.mine]
+            return [unit.master for unit in self.units if unit.has_master]
         if kind is OffloadStateTypeEnum.lp_params:
-            return [unit.held for unit in self.units if not unit.reads_alone]
+            return [one for unit in self.units for one in unit.held.movable]
         if kind is OffloadStateTypeEnum.lp_grads:
             landed = [one.landed for one in self._reducer.gradients]
             return [
@@ -257,7 +260,8 @@ class ZeroOptimizer(WrappedOptimizer):
         for unit in self.units:
             unit.adopt_edits()
         self._reducer.flush()
-        self._raise_together(self.states.failure)
+        gatherer = self.parameter_offload
+        self._raise_together(self.states.failure or (gatherer.failure if gatherer is not None else None))
         active = [gradients for gradients in self._reducer.gradients if not gradients.landed.is_empty]
         if active:
             self._update_all(active)
@@ -354,6 +358,7 @@ class ZeroOptimizer(WrappedOptimizer):
                     self._update_one(leaf, grad, scale)
             else:
                 self._plain_update(list(self.states.visit(work)), scale)
+            self.states.settle_stored()
         except OffloadError as error:
             return error
         return None
@@ -374,13 +379,14 @@ class ZeroOptimizer(WrappedOptimizer):
 
     def _raise_together(self, error: OffloadError | None) -> None:
         """Raise an error of any rank on all of them, where there can be one."""
-        if self.states.are_away:
+        if self._may_fail:
             raise_together(error, self._data_parallel.process_group)
 
     def _fused_update(self, leaf: Leaf, grad: Tensor, scale: Tensor | None, found_inf: Tensor | None) -> None:
         inner: Any = self.optimizer
         scale = None if scale is None else scale.to(leaf.tensor.device)
-        inner.update_leaf(leaf.tensor, leaf.group, grad, out=leaf.out, scale=scale, found_inf=found_inf)
+        with leaf.writing_out() as out:
+            inner.update_leaf(leaf.tensor, leaf.group, grad, out=out, scale=scale, found_inf=found_inf)
         inner._opt_called = True  # what torch's schedules ask of the optimizer they drive
 
     def _plain_update(self, work: Sequence[tuple[Leaf, Tensor]], scale: Tensor | None) -> None:
@@ -390,8 +396,7 @@ class ZeroOptimizer(WrappedOptimizer):
         self.optimizer.step()
         for leaf, _ in work:
             leaf.tensor.grad = None
-            if leaf.out is not None:
-                leaf.out.copy_(leaf.tensor)
+            leaf.write_out()
 
     def _publish(self, active: Sequence[UnitGradients]) -> None:
         """Spread the updated shards, each unit while the next is sent: more at once would need room for all."""
@@ -404,7 +409,8 @@ class ZeroOptimizer(WrappedOptimizer):
             before = work
         if before is not None:
             before.wait()
-        for unit in [one.unit for one in active if one.unit.reads_alone][:1]:  # they share what is settled
+        alone = [one.unit for one in active if one.unit.held.reads_alone]
+        for unit in alone[:1]:  # they share what is settled
             unit.settle()
 
 

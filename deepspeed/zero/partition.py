@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from deepspeed.comm.arena import Arena
 from deepspeed.precision.policy import PrecisionPolicy
 from deepspeed.zero.grouping import NamedParameter, group_blocks, group_parameters
+from deepspeed.zero.holder import Holder
 from deepspeed.zero.layout import even_layout, whole_layout
 from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.stage import Sharding
@@ -52,7 +52,7 @@ def make_units(
     plan: UnitPlan,
     *,
     group_index: dict[int, int],
-    arena: Arena | None = None,
+    holder: Holder | None = None,
     meter: GatherMeter | None = None,
     states: LeafStates | None = None,
 ) -> list[Unit]:
@@ -63,7 +63,7 @@ def make_units(
         plan: how.
         group_index: id(parameter) -> index of its param group, for those that are trained; a group's parameters
             lie together in a unit, so that few leaves cover a shard.
-        arena: where shards live if peers shall read them by themselves.
+        holder: where shards live between uses; None: in memory.
         meter: counts gathers.
         states: takes the masters of some of the trained units to where they belong.
 
@@ -91,7 +91,7 @@ def make_units(
                 plan.device,
                 trained=trained,
                 master_on=states.device if states is not None and away else None,
-                arena=arena,
+                holder=holder,
                 meter=meter,
             )
         )

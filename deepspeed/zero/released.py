@@ -70,10 +70,10 @@ class ShardedParameter:
 
     @property
     def ds_tensor(self) -> Tensor:
-        """This rank's piece of the stored weight, flat; empty where it has none."""
+        """This rank's piece of the stored weight, flat; empty where it has none, a copy where it is on disk."""
         piece = self.ds_slot.my_piece()
-        mine = self.ds_slot.unit.mine
-        return mine[:0] if piece is None else mine[piece.shard_start : piece.shard_stop]
+        start, stop = (0, 0) if piece is None else (piece.shard_start, piece.shard_stop)
+        return self.ds_slot.unit.held.read_mine(start, stop)
 
     @property
     def ds_active_sub_modules(self) -> set[Any]:
@@ -287,9 +287,11 @@ def _refusal(tensors: list[Any], action: str) -> UsageError:
             f"{names}: expected to stay as deepspeed.initialize laid it out, got .{action}() to another dtype or "
             "device; change the model before initialize"
         )
+    ranks = tensors[0].ds_slot.unit.layout.ranks
+    where = f"on {ranks} ranks" if ranks > 1 else "off the device"
     return UsageError(
-        f"{names}: expected whole for {action}, but its values lie on {tensors[0].ds_slot.unit.layout.ranks} "
-        "ranks between uses (ZeRO stage 3); on every rank, put it inside "
+        f"{names}: expected whole for {action}, but its values lie {where} between uses (ZeRO stage 3); on every "
+        "rank, put it inside "
         "`with deepspeed.zero.GatheredParameters(param, modifier_rank=0):`, or into the module's forward"
     )
 

@@ -71,19 +71,21 @@ class Sharding:
     reduce_every_backward: bool
     marks_parameters: bool = False
     """Whether parameters carry ``ds_id``, ``ds_shape`` and so on, which scripts ask for at stage 3."""
+    away: bool = False
+    """Whether parameters leave the device between uses."""
 
     @property
     def releases(self) -> bool:
-        """Whether parameters are taken apart between uses."""
-        return self.hold_group.size > 1
+        """Whether the memory of whole parameters is given back between uses."""
+        return self.hold_group.size > 1 or self.away
 
     def kept_whole(self) -> Sharding:
         """Return the same sharding of gradients and masters, with parameters whole at all times."""
-        return replace(self, hold_group=RankGroup(), spread_group=self.shard_group)
+        return replace(self, hold_group=RankGroup(), spread_group=self.shard_group, away=False)
 
 
 def sharding_for_stage(
-    stage: int, data_parallel: RankGroup, *, mics_size: int = -1, hpz_size: int = 1
+    stage: int, data_parallel: RankGroup, *, mics_size: int = -1, hpz_size: int = 1, away: bool = False
 ) -> Sharding:
     """Turn a stage (0 to 3) into its meaning over the data-parallel ranks.
 
@@ -92,6 +94,7 @@ def sharding_for_stage(
         data_parallel: ranks that share the batch.
         mics_size: ranks that share one copy of everything (stage 3); below 1: all.
         hpz_size: ranks that share one copy of the parameters (stage 3); 1: all.
+        away: whether parameters leave the device between uses (stage 3).
 
     Raises:
         ConfigError: a size that does not divide the number of ranks, or both at once.
@@ -106,13 +109,20 @@ def sharding_for_stage(
             f"zero_optimization.zero_hpz_partition_size: expected 1 beside mics_shard_size {mics_size}, got "
             f"{hpz_size}; both choose the ranks that share a copy of the parameters, so set one of them"
         )
+    if away and hpz_size > 1:
+        raise ConfigError(
+            f"zero_optimization.zero_hpz_partition_size: expected 1 with offload_param, got {hpz_size}; hpZ keeps "
+            "another copy of the parameters in memory and offload_param takes them out of it, so set one of them"
+        )
     shard, replica, hold, spread = world, me, world, me
     if mics_size > 0:
         shard, replica = _split(world, mics_size, "zero_optimization.mics_shard_size")
         hold = shard
     elif hpz_size > 1:
         hold, spread = _split(world, hpz_size, "zero_optimization.zero_hpz_partition_size")
-    return Sharding(shard, replica, hold, spread, world, reduce_every_backward=True, marks_parameters=True)
+    return Sharding(
+        shard, replica, hold, spread, world, reduce_every_backward=True, marks_parameters=True, away=away
+    )
 
 
 def _split(ranks: RankGroup, size: int, key: str) -> tuple[RankGroup, RankGroup]:

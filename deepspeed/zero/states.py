@@ -95,7 +95,7 @@ class LeafStates:
     def receive(self, unit: Unit) -> None:
         """Take the master of a unit that was just made, to where it stays between updates."""
         self._born[unit] = Parcel()
-        if self._tier is not None and unit.master is not unit.mine:
+        if self._tier is not None and unit.has_master:
             with self._tier.noting_failure():
                 self._tier.put(self._born[unit], [unit.master])
 
@@ -137,7 +137,7 @@ class LeafStates:
                 self._put(leaf)
         if self._tier is not None and born is not None:
             self._tier.drop(born)
-            if unit.master is not unit.mine:
+            if unit.has_master:
                 unit.master.data = unit.master.new_empty(0)
 
     @property
@@ -152,7 +152,10 @@ class LeafStates:
     @property
     def failure(self) -> OffloadError | None:
         """What went wrong on the way to the tier and was not raised."""
-        return None if self._tier is None else self._tier.failure
+        found = [unit.held.failure for unit in self.leaves]
+        if self._tier is not None:
+            found.append(self._tier.failure)
+        return next((one for one in found if one is not None), None)
 
     @property
     def are_away(self) -> bool:
@@ -161,8 +164,10 @@ class LeafStates:
 
     @property
     def share_device(self) -> bool:
-        """Whether every leaf is on the device of its parameters."""
-        return all(unit.mirror is None for unit in self.leaves)
+        """Whether every leaf, and what it is written out to, is on the device of its parameters."""
+        return all(
+            unit.master.device == unit.flat.device and not unit.held.nbytes_on_disk for unit in self.leaves
+        )
 
     @property
     def nbytes_away(self) -> int:
@@ -190,11 +195,18 @@ class LeafStates:
         """Wait until what was changed is where it belongs."""
         if self._tier is not None:
             self._tier.drain()
+        self.settle_stored()
+
+    def settle_stored(self) -> None:
+        """Wait until new values are where other ranks read them."""
+        for unit in self.leaves:
+            unit.held.drain()
 
     def deliver(self, unit: Unit) -> None:
         """Move what an update on the host left in a unit's mirror to the stored shard."""
         if unit.mirror is not None:
-            unit.mine.copy_(unit.mirror, non_blocking=True)
+            assert unit.held.mine is not None
+            unit.held.mine.copy_(unit.mirror, non_blocking=True)
 
     def split(self, unit: Unit, indices: set[int]) -> None:
         """Give parameters leaves of their own (see `split_leaf`)."""
@@ -276,7 +288,7 @@ class LeafStates:
     def _put(self, leaf: Leaf) -> None:
         assert self._tier is not None
         unit = leaf.unit
-        master = [] if unit.master is unit.mine else [leaf.tensor]
+        master = [leaf.tensor] if unit.has_master else []
         states = [
             value
             for value in self._state.get(leaf.tensor, {}).values()

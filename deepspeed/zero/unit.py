@@ -1,11 +1,10 @@
 """Unit: parameters that travel together, back to back in one flat buffer.
 
 flat     [ p0 ........ | p1 .. | p2 ................ | gap ]    dtype of storage; parameters are views of it
-held     [   ......    ]                                       what this rank keeps between uses; the flat
-                                                               itself where parameters stay whole
-mine     [   ......    ]                                       my shard, a view of what is held
-master   [   ......    ]                                       my shard in the master dtype; `mine` itself
-                                                               where the dtypes are equal
+held     [   ......    ]                                       what this rank keeps between uses (held.py);
+                                                               the flat itself where parameters stay whole
+master   [   ......    ]                                       my shard in the master dtype; what is held itself
+                                                               where that is beside the flat, in the same dtype
 
 The memory of a flat comes and goes where a unit is released between uses (memory.py).
 
@@ -28,10 +27,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepspeed import comm
-from deepspeed.comm.arena import Arena, Block, arena_of
-from deepspeed.errors import UsageError
+from deepspeed.errors import OffloadError, UsageError
 from deepspeed.offload.buffers import pinned_empty
 from deepspeed.precision.policy import ParamDtypes
+from deepspeed.zero.held import Waitable, wait_for_all
+from deepspeed.zero.holder import Holder
 from deepspeed.zero.layout import Layout, Piece
 from deepspeed.zero.memory import FlatMemory
 from deepspeed.zero.meter import GatherMeter
@@ -66,7 +66,7 @@ class Unit:
         device: where the flat lives.
         trained: whether an optimizer updates it; without, the master is the stored shard.
         master_on: where the master lives if it is to be apart from the stored shard, even in the same dtype.
-        arena: where what is held lives if peers shall read it by themselves.
+        holder: where what is held lives; None: in memory.
         meter: counts gathers.
 
     Attributes:
@@ -97,7 +97,7 @@ class Unit:
         *,
         trained: bool = True,
         master_on: torch.device | None = None,
-        arena: Arena | None = None,
+        holder: Holder | None = None,
         meter: GatherMeter | None = None,
     ) -> None:
         self.names = [name for name, _ in named]
@@ -113,23 +113,19 @@ class Unit:
         self.lend: Callable[[Unit], None] | None = None
         self.may_resize = False
         self.trained = trained
-        self._block: Block | None = None
-        self._work: list[dist.Work] = []
+        self._work: list[Waitable] = []
         self._here = len(self.params)
         self._apart: set[int] = set()
         given = self._given_values(device)
         self.flat = given.to(dtypes.storage)
-        self.held = self._hold(arena)
-        self.mine = self.held[sharding.spread_group.rank]
-        self.master = self.mine
-        if trained and (master_on is not None or dtypes.master != dtypes.storage):
-            chunk, rank = layout.chunk, sharding.shard_group.rank
-            own = given[rank * chunk : (rank + 1) * chunk]
-            self.master = own.to(master_on or device, dtypes.master, copy=True)
+        near, rows = sharding.hold_group, sharding.spread_group.size
+        chunks = self.flat.view(rows, near.size, layout.chunk)[:, near.rank]
+        self.held = (holder or Holder()).hold(chunks, sharding, self.label)
+        self.master = _master_of(self, given, master_on)
         self.visit_master: VisitRange = partial(visit_range, self.master)
         self.mirror: Tensor | None = None
-        if master_on not in (None, device):
-            self.mirror = pinned_empty(layout.chunk, dtypes.storage).copy_(self.mine)
+        if master_on not in (None, device) and self.held.mine is not None:
+            self.mirror = pinned_empty(layout.chunk, dtypes.storage).copy_(self.held.mine)
         self._views = self.views(self.flat)
         meter = meter or GatherMeter()
         self.memory = FlatMemory(self.flat, meter)
@@ -161,18 +157,6 @@ class Unit:
                 )
         return given
 
-    def _hold(self, arena: Arena | None) -> Tensor:
-        """Return what this rank keeps, a row for each chunk."""
-        near, rows = self.sharding.hold_group, self.sharding.spread_group.size
-        chunks = self.flat.view(rows, near.size, self.layout.chunk)
-        if not self.sharding.releases:
-            return chunks[:, 0]
-        held = chunks[:, near.rank]
-        if arena is None:
-            return held.clone()
-        self._block = arena.block(held.numel() * held.element_size())
-        return self._block.view(held.numel(), held.dtype).view(rows, self.layout.chunk).copy_(held)
-
     def _move_parameters(self) -> None:
         for index, (param, view) in enumerate(zip(self.params, self._views, strict=True)):
             old = slot_of(param)
@@ -189,9 +173,8 @@ class Unit:
         """Take note that a parameter has moved to another unit; with the last one the memory goes."""
         self._here -= 1
         self.memory.guarded -= 1
-        if self._here == 0 and self._block is not None:
-            self.settle()  # a slower rank may still be reading
-            self._block.give_back()
+        if self._here == 0:
+            self.held.drop()
 
     def dismiss(self) -> None:
         """Let the parameters go, as plain ones with the values they show; the next engine lays them out."""
@@ -225,9 +208,9 @@ class Unit:
         return self.layout.pieces(self.sharding.shard_group.rank)
 
     @property
-    def reads_alone(self) -> bool:
-        """Whether gathering needs nothing of the other ranks."""
-        return self._block is not None
+    def has_master(self) -> bool:
+        """Whether the master is a copy, beside what is held."""
+        return self.trained and self.master is not self.held.mine
 
     @property
     def is_gathering(self) -> bool:
@@ -237,39 +220,27 @@ class Unit:
     # -- gather and release -----------------------------------------------------------------------
 
     def start_gather(self) -> None:
-        """Begin to bring the parameters in; `gather` completes it. A collective, unless `reads_alone`."""
+        """Begin to bring the parameters in; `gather` completes it. A collective, unless what is held is read alone."""
         if self.is_whole or self._work:
             return
-        near, chunk = self.sharding.hold_group, self.layout.chunk
         self.memory.bring()
         self.shown = self.updates
-        rows = self.flat.view(-1, near.size, chunk)
-        if self._block is not None:
-            self._read_rows(rows, self._block)
-            self.is_whole = True
-            return
-        self._work = [
-            comm.all_gather_single(
-                row.view(-1), own, group=near.process_group, async_op=True, label=self.label
-            )
-            for row, own in zip(rows, self.held, strict=True)
-        ]
-
-    def _read_rows(self, rows: Tensor, block: Block) -> None:
-        near, chunk = self.sharding.hold_group, self.layout.chunk
-        for index, row in enumerate(rows):
-            for rank in range(near.size):
-                if rank == near.rank:
-                    row[rank].copy_(self.held[index])
-                else:
-                    block.read(rank, index * chunk, row[rank])
+        self._work = self.held.start(self.flat.view(-1, self.sharding.hold_group.size, self.layout.chunk))
+        self.is_whole = not self._work
 
     def bring(self) -> None:
-        """Make the values whole, waiting for a gather that is under way; names stay as they are."""
+        """Make the values whole, waiting for a gather that is under way; names stay as they are.
+
+        Raises:
+            OffloadError: they could not be read; nothing is here then.
+        """
         self.start_gather()
-        for work in self._work:
-            work.wait()
-        self._work = []
+        work, self._work = self._work, []
+        try:
+            wait_for_all(work)
+        except OffloadError:
+            self.memory.free()
+            raise
         self.is_whole = True
 
     def gather(self) -> None:
@@ -303,7 +274,7 @@ class Unit:
         self.memory.free()
 
     def read(self, index: int, out: Tensor) -> None:
-        """Fill `out` with one parameter without gathering the unit; a collective, unless `reads_alone`.
+        """Fill `out` with one parameter without gathering the unit; a collective, unless what is held is read alone.
 
         Args:
             index: of the parameter.
@@ -320,13 +291,11 @@ class Unit:
                 if piece.index != index:
                     continue
                 part = whole[piece.param_start : piece.param_stop]
-                if rank == near.rank:
-                    part.copy_(self.held[row, piece.shard_start : piece.shard_stop])
-                if self._block is None:
+                if rank == near.rank or self.held.reads_alone:
+                    self.held.read(rank, row * self.layout.chunk + piece.shard_start, part)
+                if not self.held.reads_alone:
                     src = near.members[rank]
                     comm.broadcast(part, src, group=near.process_group, label=self.names[index])
-                elif rank != near.rank:
-                    self._block.read(rank, row * self.layout.chunk + piece.shard_start, part)
         out.copy_(whole.view(out.shape))
 
     def show(self, index: int) -> None:
@@ -368,15 +337,14 @@ class Unit:
             for piece in self.layout.pieces(chunk):
                 if piece.index == index:
                     part = flat_value[piece.param_start : piece.param_stop]
-                    self.held[row, piece.shard_start : piece.shard_stop] = part
-        for piece in self.my_pieces() if self.master is not self.mine else ():
+                    self.held.write(row * self.layout.chunk + piece.shard_start, part)
+        for piece in self.my_pieces() if self.has_master else ():
             if piece.index == index:
                 _write_master(self, piece, flat_value)
 
     def settle(self) -> None:
         """Wait until no rank is still reading or writing what ranks hold. A collective."""
-        if self._block is not None:
-            self._block.arena.settle(self.label)
+        self.held.settle()
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -384,7 +352,8 @@ class Unit:
         self.settle()
         yield
         if self.mirror is not None:
-            self.mirror.copy_(self.mine)
+            assert self.held.mine is not None
+            self.mirror.copy_(self.held.mine)
         self.updates += 1
         self.settle()
 
@@ -432,24 +401,21 @@ class Unit:
     def publish(self, *, async_op: bool = False) -> dist.Work | None:
         """Spread this rank's shard to the ranks that hold a copy of it, once it was updated in storage."""
         self.updates += 1
-        group = self.sharding.spread_group
-        if group.size == 1:
-            return None
-        work: dist.Work | None = comm.all_gather_single(
-            self.held.view(-1),
-            self.mine,
-            group=group.process_group,
-            async_op=async_op,
-            label=f"step of {self.label}",
-        )
-        return work
+        return self.held.spread(f"step of {self.label}", async_op=async_op)
 
 
-def arena_for(sharding: Sharding, device: torch.device) -> Arena | None:
-    """Let ranks of one host read each other's shards; see note [Reading without asking]."""
-    if not sharding.releases or device.type != "cpu":
-        return None
-    return arena_of(sharding.hold_group.process_group)
+def _master_of(unit: Unit, given: Tensor, device: torch.device | None) -> Tensor:
+    """Return this rank's shard of the given values in the master dtype; empty if nobody updates it.
+
+    It is a copy if it is asked for on a device, and where what is held is no memory to be updated.
+    """
+    mine, dtypes = unit.held.mine, unit.dtypes
+    if mine is not None and (not unit.trained or (device is None and dtypes.master == dtypes.storage)):
+        return mine
+    if not unit.trained:
+        return given.new_empty(0)
+    chunk, rank = unit.layout.chunk, unit.sharding.shard_group.rank
+    return given[rank * chunk : (rank + 1) * chunk].to(device or given.device, dtypes.master, copy=True)
 
 
 def _common_name(names: Sequence[str]) -> str:

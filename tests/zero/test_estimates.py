@@ -65,8 +65,8 @@ def held_bytes(stage: int, *, frozen: bool) -> int:
     trained = engine.optimizer.units
     params = list(engine.module.parameters())
     units = {id(param.ds_slot.unit): param.ds_slot.unit for param in params if hasattr(param, "ds_slot")}
-    tensors = [unit.held if unit.sharding.releases else unit.flat for unit in units.values()]
-    tensors += [param for param in params if not hasattr(param, "ds_slot")]
+    held = sum(unit.held.nbytes for unit in units.values())
+    tensors = [param for param in params if not hasattr(param, "ds_slot")]
     tensors += [unit.master for unit in trained]
     tensors += [param.ds_slot.gradients.landed.shard for unit in trained for param in unit.params[:1]]
     tensors += [
@@ -77,7 +77,7 @@ def held_bytes(stage: int, *, frozen: bool) -> int:
     ]
     assert not any(unit.flat.untyped_storage().nbytes() for unit in units.values() if unit.sharding.releases)
     engine.destroy()
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return held + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -144,8 +144,15 @@ def takes_dtype_and_module():
         deepspeed.zero.Init(
             data_parallel_group=dist.group.WORLD, sequence_data_parallel_group=dist.group.WORLD
         )
-    with pytest.raises(NotBuiltError, match="remote_device"):
-        deepspeed.zero.Init(remote_device="nvme")
+    for wrong, message in (
+        ({"remote_device": "nvme"}, "nvme_path"),
+        ({"remote_device": "meta"}, "remote_device"),
+        ({"param_swapper": object()}, "param_swapper"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            deepspeed.zero.Init(**wrong)
+    with pytest.raises(NotBuiltError, match="quantised"):
+        deepspeed.zero.Init(zero_quantized_weights=True)
 
 
 def test_arguments_of_init():
