@@ -52,6 +52,11 @@ READ = {
         zero_optimization.offload_optimizer.ratio
         aio.block_size aio.queue_depth aio.intra_op_parallelism
     """,
+    "zero/holder.py": """
+        zero_optimization.offload_param.device zero_optimization.offload_param.nvme_path
+        zero_optimization.offload_param.buffer_count zero_optimization.offload_param.max_in_cpu
+        zero_optimization.offload_param.pin_memory
+    """,
     "zero/leaf_modules.py": """
         zero_optimization.leaf_module.classes zero_optimization.leaf_module.names
         zero_optimization.leaf_module.name_suffixes
@@ -116,6 +121,7 @@ OTHER = {
     "pipeline.stages": 2,
     "vocabulary_size": 50257,
     "zero_optimization.offload_optimizer.cpuadam_cores_perc": 0.5,
+    "zero_optimization.offload_param.buffer_size": 1000,
 }
 """Of keys that are not true or false: a value that asks for something."""
 
