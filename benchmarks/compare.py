@@ -4,6 +4,7 @@
     python benchmarks/compare.py --quick    # 2 rounds of 6 steps
     python benchmarks/compare.py --rows ours:2,original:2 --pairs 9
     python benchmarks/compare.py --rows ours:3,original:3,fsdp2 --accumulation 4 --name stage3_accumulation
+    python benchmarks/compare.py --rows ours:3,ours:3:disk,original:3:disk --swap /mnt/nvme --name offload
 
 A round runs each row once, a row beside the one it is compared with; each run is a fresh set of processes.
 Results: compare.json, compare.md and compare.png (or another --name) under benchmarks/results.
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from comparison_page import Page
@@ -68,6 +70,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of a rank")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--checkpointing", action="store_true", help="run the blocks again in backward")
+    parser.add_argument(
+        "--swap", type=Path, default=Path("/var/tmp"), help="folder on the disk that rows with offload use"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds and steps")
     parser.add_argument(
         "--original-python", type=Path, help="a Python that has the original, instead of making one"
@@ -96,19 +101,20 @@ def _rows(text: str) -> list[str]:
 def take_turn(comparison: Comparison, row: str, number: int) -> None:
     """Run one row once and keep its figures, or the reason why there are none."""
     options = comparison.options
-    kind, _ = split_row(row)
+    kind = split_row(row).kind
     arguments = ["--row", row, "--shape", json.dumps(asdict(comparison.shape))]
     for name in ("steps", "warmup", "threads", "accumulation"):
         arguments += [f"--{name}", str(getattr(options, name))]
     arguments += ["--checkpointing"] if options.checkpointing else []
     try:
-        ranks = run_ranks(
-            interpreter_of(kind, options.original_python),
-            HERE / "worker.py",
-            arguments,
-            ranks=options.ranks,
-            threads=options.threads,
-        )
+        with TemporaryDirectory(prefix="benchmark-swap-", dir=options.swap) as folder:
+            ranks = run_ranks(
+                interpreter_of(kind, options.original_python),
+                HERE / "worker.py",
+                [*arguments, "--swap", folder],
+                ranks=options.ranks,
+                threads=options.threads,
+            )
     except RunFailed as error:
         comparison.failures[row] = str(error)
         print(f"round {number + 1}  {label(row):26} failed\n{error}", file=sys.stderr, flush=True)

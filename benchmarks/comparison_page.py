@@ -60,5 +60,5 @@ class Page:
 
     def rows(self) -> str:
         """Say what the rows do that are no engine."""
-        kinds = {split_row(row)[0] for row in self.options.rows}
+        kinds = {split_row(row).kind for row in self.options.rows}
         return " ".join(text for kind, text in _ROWS.items() if kind in kinds)

@@ -27,7 +27,7 @@ class Memory:
 
     def restart(self) -> None:
         """Forget the peak so far, where the system allows; otherwise `peak` is the peak of the whole life."""
-        self._before = _high_water()
+        self._before = self.life_peak()
         try:
             _CLEAR.write_text("5")
         except OSError:
@@ -50,6 +50,17 @@ def resident() -> int:
 def data_resident() -> int:
     """Bytes of data resident now, shared memory included, mapped files not."""
     return _from_status("RssAnon") + _from_status("RssShmem")
+
+
+def resident_kinds() -> dict[str, int]:
+    """Bytes resident now, by kind: own data, mapped files, shared memory."""
+    return {name: _from_status(name) for name in ("RssAnon", "RssFile", "RssShmem")}
+
+
+def disk_traffic() -> int:
+    """Bytes this process has read from and written to disks; 0 where the system does not count."""
+    counts = dict(line.split(": ") for line in _lines(Path("/proc/self/io")))
+    return sum(int(counts.get(name, 0)) for name in ("read_bytes", "write_bytes"))
 
 
 def _from_status(name: str) -> int:

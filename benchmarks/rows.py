@@ -2,6 +2,7 @@
 
 ours:STAGE       this project, ZeRO stage 0, 1, 2 or 3
 original:STAGE   the original DeepSpeed with the same configuration
+...:STAGE:TIER   either with states in a tier of tiers.py: host, disk or all_disk
 ddp              torch DDP over a bf16 model, fp32 master weights kept by hand, fused AdamW
 fsdp2            torch fully_shard per block, bf16 parameters and reduction, fused AdamW on the fp32 shards
 fsdp2_whole      the same, but gradients stay whole between micro-batches and are reduced at the last one
@@ -18,18 +19,32 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from model import GPT
+from tiers import STAGES, TIERS, offload_sections
 from torch import Tensor, nn
 
 LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What a trainer is built from: ZeRO stage, sequences of a micro-batch, micro-batches of a step."""
+class Row:
+    """A row's name in parts; the tier is empty where nothing is offloaded."""
 
-    stage: int
+    kind: str
+    stage: int = 0
+    tier: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a trainer is built from: the row, sequences of a micro-batch, micro-batches of a step.
+
+    `swap` is a folder for what is on disk.
+    """
+
+    row: Row
     batch: int
     accumulation: int
+    swap: str = ""
 
 
 class Trainer(Protocol):
@@ -57,9 +72,10 @@ class EngineTrainer:
     def __init__(self, model: GPT, recipe: Recipe) -> None:
         import deepspeed
 
-        self.stage = recipe.stage
+        self.stage = recipe.row.stage
+        largest = max(param.numel() for param in model.parameters())
         self.engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=list(model.parameters()), config=engine_config(recipe)
+            model=model, model_parameters=list(model.parameters()), config=engine_config(recipe, largest)
         )
 
     def announce(self, last: bool) -> None:
@@ -236,27 +252,37 @@ LABELS = {
 }
 
 
-def split_row(row: str) -> tuple[str, int]:
-    """Split `kind[:stage]` and check it."""
-    kind, _, stage = row.partition(":")
-    staged = kind in ("ours", "original")
-    if kind not in TRAINERS or (staged and stage not in ("0", "1", "2", "3")) or (not staged and stage):
-        stages = "ours:STAGE, original:STAGE (0 to 3)"
-        others = ", ".join(name for name in TRAINERS if name not in ("ours", "original"))
-        raise ValueError(f"row: expected one of {stages}, {others}, got {row!r}")
-    return kind, int(stage or 0)
+def split_row(row: str) -> Row:
+    """Split `kind[:stage[:tier]]` and check it."""
+    kind, *rest = row.split(":")
+    if kind in TRAINERS and _is_setting(rest, staged=kind in ("ours", "original")):
+        return Row(kind, *map(int, rest[:1]), *rest[1:])
+    engines = (
+        f"ours:STAGE[:TIER], original:STAGE[:TIER] (stages 0 to 3; tiers {', '.join(TIERS)}, see tiers.py)"
+    )
+    others = ", ".join(name for name in TRAINERS if name not in ("ours", "original"))
+    raise ValueError(f"row: expected one of {engines}, {others}, got {row!r}")
+
+
+def _is_setting(rest: list[str], *, staged: bool) -> bool:
+    if not staged or not rest:
+        return not staged and not rest
+    stage, *tiers = rest
+    if stage not in ("0", "1", "2", "3") or len(tiers) > 1:
+        return False
+    return all(int(stage) in STAGES.get(tier, ()) for tier in tiers)
 
 
 def label(row: str) -> str:
     """Name a row for the reader."""
-    kind, stage = split_row(row)
-    return LABELS[kind].format(stage)
+    parts = split_row(row)
+    name = LABELS[parts.kind].format(parts.stage)
+    return f"{name}, {TIERS[parts.tier]}" if parts.tier else name
 
 
-def make_trainer(row: str, model: GPT, batch: int, accumulation: int) -> Trainer:
-    """Build the trainer of a row around `model`."""
-    kind, stage = split_row(row)
-    return TRAINERS[kind](model, Recipe(stage, batch, accumulation))
+def make_trainer(recipe: Recipe, model: GPT) -> Trainer:
+    """Build the trainer of a recipe around `model`."""
+    return TRAINERS[recipe.row.kind](model, recipe)
 
 
 def make_adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -266,14 +292,18 @@ def make_adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     )  # fmt: skip
 
 
-def engine_config(recipe: Recipe) -> dict[str, Any]:
+def engine_config(recipe: Recipe, largest: int) -> dict[str, Any]:
     """Write the configuration both engines get; what it does not name stays at their defaults."""
+    row = recipe.row
     return {
         "train_micro_batch_size_per_gpu": recipe.batch,
         "gradient_accumulation_steps": recipe.accumulation,
         "gradient_clipping": CLIP,
         "bf16": {"enabled": True},
-        "zero_optimization": {"stage": recipe.stage},
+        "zero_optimization": {
+            "stage": row.stage,
+            **offload_sections(row.kind, row.tier, recipe.swap, largest),
+        },
         "optimizer": {
             "type": "AdamW",
             "params": {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": WEIGHT_DECAY},

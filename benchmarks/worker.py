@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from meter import Memory, write_record
+from meter import Memory, disk_traffic, write_record
 from model import Shape, batches, build_model
-from rows import Trainer, make_trainer, split_row
+from rows import Recipe, Trainer, make_trainer, split_row
 from torch import Tensor
 
 
@@ -27,13 +27,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     shape = Shape(**json.loads(options.shape))
     rank = int(os.environ["RANK"])
-    kind, _ = split_row(options.row)
+    row = split_row(options.row)
     began = time.perf_counter()
-    start_group(kind)
+    start_group(row.kind)
     model = build_model(shape, options.checkpointing)
-    trainer = make_trainer(options.row, model, shape.batch, options.accumulation)
+    trainer = make_trainer(Recipe(row, shape.batch, options.accumulation, options.swap), model)
     record = train(trainer, shape, rank, options, began)
-    record["versions"] = versions(kind)
+    record["versions"] = versions(row.kind)
     write_record(options.out, rank, record)
     dist.barrier()
     dist.destroy_process_group()
@@ -49,6 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--accumulation", type=int, required=True, help="micro-batches of a step")
     parser.add_argument("--checkpointing", action="store_true", help="run the blocks again in backward")
+    parser.add_argument("--swap", required=True, help="folder for states on disk")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -72,12 +73,13 @@ def train(
     losses: list[float] = []
     ready = 0.0
     before: int | None = None
+    traffic = 0
     count = options.accumulation
     drawn = batches(shape, rank, count * (options.warmup + options.steps))
     for index in range(options.warmup + options.steps):
         if index == options.warmup:
             memory.restart()
-            before = trainer.gathers()
+            before, traffic = trainer.gathers(), disk_traffic()
             dist.barrier()
         spans, loss = run_step(trainer, drawn[index * count : (index + 1) * count])
         losses.append(loss)
@@ -90,6 +92,7 @@ def train(
         "losses": mean_over_ranks(losses),
         "first_step": ready,
         "gathers": per_step(before, trainer.gathers(), options.steps),
+        "disk": (disk_traffic() - traffic) / options.steps,
         "peak": memory.life_peak(),
         "peak_training": memory.peak(),
     }

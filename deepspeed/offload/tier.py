@@ -24,12 +24,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepspeed.accelerator.memory import trim_heap
 from deepspeed.comm.agreement import raise_together
 from deepspeed.errors import OffloadError
 from deepspeed.offload.buffers import aligned_empty, aligned_size
 from deepspeed.offload.disk import Disk, Pending
 from deepspeed.offload.files import DataFile
 from deepspeed.offload.swap import Extent, SwapFolder
+
+TRIM_EVERY = 2**26
+"""Bytes that leave the heap between two trims of it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class DiskTier:
         self.disk, self._folder, self._pin = disk, folder, pin
         self._limit = max(2, buffers)
         self.failure: OffloadError | None = None
-        self._made = 0
+        self._made = self._untrimmed = 0
         self._free: list[Tensor] = []
         self._writing: deque[tuple[Pending, Tensor, Parcel | None]] = deque()
 
@@ -108,11 +112,13 @@ class DiskTier:
             parcel.tensors = list(tensors)
         if not parcel.tensors:
             return
+        before = parcel.nbytes
         buffer = self._packed(parcel)
         assert parcel.extent is not None
         pending = self.disk.write(parcel.extent.file, parcel.extent.offset, buffer[: parcel.extent.nbytes])
         self._writing.append((pending, buffer, parcel))
         self._leave(parcel)
+        self._trim(parcel.nbytes - before)
 
     def keep(self, parcel: Parcel) -> None:
         """Take the memory of a parcel that did not change since it was fetched."""
@@ -249,6 +255,13 @@ class DiskTier:
         parcel.buffer, parcel.is_here = None, False
         for tensor in parcel.tensors:
             tensor.data = tensor.new_empty(0)
+
+    def _trim(self, grown: int) -> None:
+        """Give the system what tensors left behind in the heap: those a parcel has grown by were not in buffers."""
+        self._untrimmed += grown
+        if self._untrimmed >= TRIM_EVERY:
+            self._untrimmed = 0
+            trim_heap()
 
     def _read(self, parcel: Parcel, buffer: Tensor) -> None:
         self._settle(parcel)

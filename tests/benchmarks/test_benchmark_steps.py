@@ -33,7 +33,7 @@ def test_a_step_of_several_micro_batches_averages_their_gradients_and_updates_on
         def update(self) -> None:
             self.updates += 1
 
-    trainer = Recorder(model.build_model(shape), rows.Recipe(stage=0, batch=2, accumulation=4))
+    trainer = Recorder(model.build_model(shape), rows.Recipe(rows.Row("compute"), batch=2, accumulation=4))
     spans, loss = worker.run_step(trainer, drawn)
     whole = model.build_model(shape).bfloat16()
     expected = whole(torch.cat([ids for ids, _ in drawn]), torch.cat([targets for _, targets in drawn]))

@@ -20,7 +20,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def rank(
-    step: float, peak: int = 1 << 30, last_loss: float = 8.0, gathers: float | None = None
+    step: float, peak: int = 1 << 30, last_loss: float = 8.0, gathers: float | None = None, disk: float = 0.0
 ) -> dict[str, Any]:
     phases = {"forward": [step / 4] * 3, "backward": [step / 2] * 3, "step": [step / 4] * 3}
     return {
@@ -28,6 +28,7 @@ def rank(
         "losses": [9.0, last_loss],
         "first_step": 1.0,
         "gathers": gathers,
+        "disk": disk,
         "peak": peak,
         "peak_training": peak,
     }
@@ -113,3 +114,25 @@ def test_the_table_shows_the_columns_in_which_a_row_has_a_figure(table: ModuleTy
     assert "x original" not in titles
     assert (ours[titles.index("gathers")], fsdp2[titles.index("gathers")]) == ("22", "-")
     assert ours[titles.index("x FSDP2")] == "1.25"
+
+
+def test_offload_is_held_against_the_original_with_it_and_on_the_host_against_none(table: ModuleType) -> None:
+    runs = [("ours:2", 0.40), ("ours:2:host", 0.41), ("original:2:host", 0.60), ("original:2", 0.50)]
+    turns = [table.make_turn(row, 0, [rank(seconds)]) for row, seconds in runs]
+
+    plain, offloaded, cost = table.verdicts(table.summarise(turns, 1024, str))
+
+    assert "1.25 times as fast as the original (goal 1.3, NOT met)" in plain
+    assert "1.46 times as fast as the original (goal 1.5, NOT met)" in offloaded
+    assert "1.025 of the time without offload (goal: at most 1.05, met)" in cost
+
+
+def test_what_goes_to_the_disk_is_shown(table: ModuleType) -> None:
+    turns = [table.make_turn("ours:3:disk", 0, [rank(0.4, disk=3 << 20), rank(0.4, disk=5 << 20)])]
+
+    titles, _, ours = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in table.render_table(table.summarise(turns, 1024, str)).splitlines()
+    )
+
+    assert ours[titles.index("disk MiB")] == "5"
