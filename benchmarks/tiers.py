@@ -4,8 +4,8 @@ host        master weights and optimizer states in host memory, where the update
 disk        the same on disk
 all_disk    these and the parameters on disk, none of them kept in memory (stage 3)
 
-Both engines get the same sections. The original gets, beside them, the settings with which it was fastest on this
-model; this project runs on its defaults.
+Both engines get the same sections. The original gets, beside them, what it needs to run this model with its reads
+and writes overlapping the update; this project runs on its defaults.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STAGES = {"host": (1, 2, 3), "disk": (3,), "all_disk": (3,)}
 # and a group's fit in one buffer.
 _ORIGINAL_OPTIMIZER = {"buffer_count": 16, "pipeline_read": True, "pipeline_write": True}
 _ORIGINAL_SUB_GROUP = 4_000_000
-_ORIGINAL_BUFFERS = 60  # one for each parameter it gathers at once; with fewer it stops for want of a buffer
+_ORIGINAL_BUFFERS = 60  # one for each parameter it has under way
 
 
 def offload_sections(kind: str, tier: str, folder: str, largest: int) -> dict[str, Any]:
@@ -48,5 +48,7 @@ def offload_sections(kind: str, tier: str, folder: str, largest: int) -> dict[st
         sections["offload_optimizer"] |= _ORIGINAL_OPTIMIZER
         sections["sub_group_size"] = _ORIGINAL_SUB_GROUP
         if "offload_param" in sections:
+            # It stops when it reads a parameter ahead that it has a buffer for already.
+            sections["stage3_prefetch_bucket_size"] = 0
             sections["offload_param"] |= {"buffer_size": largest, "buffer_count": _ORIGINAL_BUFFERS}
     return sections
