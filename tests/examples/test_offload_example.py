@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-from gpt_example import EXAMPLES, run_script, write_text
+from gpt_example import EXAMPLES, ROOT, run_script, write_text
 
 OVER_MEMORY = EXAMPLES / "offload_over_memory.py"
 TINY = ["--layers", 1, "--dim", 64, "--seq", 32, "--steps", 1]
@@ -34,3 +34,16 @@ def test_a_limit_that_refuses_nothing_is_told(tmp_path):
     options = (*TINY, "--memory", 500, "--data", write_text(tmp_path))
     errors = run_script(*options, folder=tmp_path, script=OVER_MEMORY, expect=1)
     assert errors == "500 MiB are enough without offload; choose less with --memory.\n"
+
+
+def test_the_code_in_the_guide_trains_from_disk(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "offload.md").read_text(), re.DOTALL)
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    report = run_script(folder=tmp_path, script=script)
+    figures = {
+        name: int(n.replace(",", "")) for name, n in re.findall(r"^ +(\w[\w ]*?)  +([\d,]+) ", report, re.M)
+    }
+    assert figures["masters"] == 0
+    assert figures["parameters"] < figures["on disk"] / 100
+    assert not list((tmp_path / "swap").iterdir())
