@@ -6,6 +6,7 @@
     ├── UsageError            a call at the wrong moment or with the wrong object (also a RuntimeError)
     │   └── LossScaleError    fp16 cannot go on: the loss scale is at its minimum
     ├── OffloadError          states cannot live where they were sent: disk or host memory (also a RuntimeError)
+    ├── CheckpointError       saved state is damaged or incomplete, or cannot be written (also a RuntimeError)
     ├── CommunicationError    ranks cannot talk, or do not agree (also a RuntimeError)
     └── LaunchError           the launcher cannot start, or a rank failed (also a RuntimeError)
 
@@ -41,6 +42,10 @@ class LossScaleError(UsageError):
 
 class OffloadError(DeepSpeedError, RuntimeError):
     """States cannot be kept on disk or in host memory: full, missing, not writable, cut short, failing."""
+
+
+class CheckpointError(DeepSpeedError, RuntimeError):
+    """Saved state cannot be written, or is damaged or incomplete."""
 
 
 class CommunicationError(DeepSpeedError, RuntimeError):

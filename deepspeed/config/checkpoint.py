@@ -31,7 +31,11 @@ class CheckpointSection(Section):
     tag_validation: Annotated[Literal["ignore", "warn", "fail"], LOWER] = key(
         "warn", "what to do when ranks use different tags"
     )
-    load_universal: bool = key(False, "load the original's universal format")
+    load_universal: bool = key(False, "no effect; every checkpoint loads at any world size and stage")
+    load_missing: Annotated[Literal["warn", "error"], LOWER] = key(
+        "warn", "what load_checkpoint does where there is no checkpoint"
+    )
+    load_fallback: bool = key(False, "load the newest whole checkpoint where the one asked for is damaged")
     use_node_local_storage: bool = key(False, "every node writes model states to its own disk")
     parallel_write: ParallelWriteSection = part(ParallelWriteSection, "who writes")
     checkpoint_serialization: bool = key(True, "false: torch's old file format")

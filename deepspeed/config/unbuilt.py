@@ -87,7 +87,6 @@ TABLE = [
         "use Adam, AdamW or Lamb",
     ),
     Unbuilt("flops_profiler.enabled", "the flops profiler"),
-    Unbuilt("checkpoint.load_universal", "loading the original's universal format"),
     Unbuilt("checkpoint.parallel_write.pipeline_stage", "shared writing of a pipe stage"),
     Unbuilt("checkpoint.checkpoint_serialization", "torch's old file format", _is(False)),
     Unbuilt("checkpoint.writer", "another checkpoint writer", _given, settings=("checkpoint.writer.*",)),

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from deepspeed.common.logging import logger, warn_once
 from deepspeed.common.nested import tensors_in
 from deepspeed.engine.accessors import EngineAccessors
+from deepspeed.engine.checkpointing import Checkpointing
 from deepspeed.engine.feature import Feature
 from deepspeed.engine.inputs import InputRules
 from deepspeed.engine.memory import MemoryControl
 from deepspeed.engine.structure import Structure
 from deepspeed.engine.watch import OutputWatch
 from deepspeed.engine.weights import WeightSaving
-from deepspeed.errors import ConfigError, NotBuiltError, UsageError
+from deepspeed.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from deepspeed.config import DeepSpeedConfig
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from deepspeed.engine.build import EngineParts
 
 
-class DeepSpeedEngine(WeightSaving, MemoryControl, EngineAccessors):
+class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessors):
     """A module that trains: made by `deepspeed.initialize`, used like the module it wraps.
 
     Attributes that the module has and the engine has not are the module's.
@@ -338,16 +339,6 @@ class DeepSpeedEngine(WeightSaving, MemoryControl, EngineAccessors):
     def is_compiled(self) -> bool:
         """Whether `compile` was called."""
         return self._compiled_blocks or self.module._compiled_call_impl is not None
-
-    def save_checkpoint(self, *_args: Any, **_kwargs: Any) -> None:
-        """Refuse: training state cannot be saved in this release."""
-        raise NotBuiltError(
-            "engine.save_checkpoint: not built yet; engine.save_16bit_model(folder) saves the weights"
-        )
-
-    def load_checkpoint(self, *_args: Any, **_kwargs: Any) -> None:
-        """Refuse: training state cannot be resumed in this release."""
-        raise NotBuiltError("engine.load_checkpoint: not built yet; load weights into the module instead")
 
     def destroy(self) -> None:
         """Take the engine off the module: hooks are removed, buffers freed.

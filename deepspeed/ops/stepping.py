@@ -80,7 +80,7 @@ class LeafOptimizer(torch.optim.Optimizer):
                 # torch casts to the dtype of the parameter, and leaves the step count where it was saved
                 self.state[param][name] = torch.as_tensor(value).to(
                     device=param.device,
-                    dtype=torch.float32 if name == "step" else self._dtype_of_state(param),
+                    dtype=torch.float32 if name == "step" else self.dtype_of_state(param),
                     copy=True,
                     memory_format=torch.contiguous_format,
                 )
@@ -93,12 +93,13 @@ class LeafOptimizer(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[leaf]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=leaf.device)
-            dtype, layout = self._dtype_of_state(leaf), torch.contiguous_format
+            dtype, layout = self.dtype_of_state(leaf), torch.contiguous_format
             for name, start in starts.items():
                 state[name] = torch.full_like(leaf, start, dtype=dtype, memory_format=layout)
         return state
 
-    def _dtype_of_state(self, leaf: Tensor) -> torch.dtype:
+    def dtype_of_state(self, leaf: Tensor) -> torch.dtype:
+        """The dtype that states of `leaf` are kept in."""
         return self.state_dtype or wide_dtype(leaf)
 
 

@@ -32,7 +32,7 @@ def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Set a parameter's master weight and the weight itself; `value` has the parameter's shape."""
     slot = _trained(param)
     _check_shape(param, value)
-    with torch.no_grad(), _changing(slot.unit):
+    with torch.no_grad(), changing(slot.unit):
         slot.unit.write(slot.index, value)
         _write_whole(slot, slot.unit.visit_master, value)
 
@@ -88,7 +88,7 @@ def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Set this rank's piece of the master weight and of the stored weight; every rank sets its own."""
     slot = _trained(param)
     unit = slot.unit
-    with torch.no_grad(), _changing(unit):
+    with torch.no_grad(), changing(unit):
         _write(slot, unit.visit_master, value.reshape(-1))
         piece = slot.my_piece()
         if piece is not None:
@@ -124,7 +124,7 @@ def safe_set_local_optimizer_state(param: nn.Parameter, value: Tensor, optim_sta
 
 
 @contextmanager
-def _changing(unit: Unit) -> Iterator[None]:
+def changing(unit: Unit) -> Iterator[None]:
     """Change what a unit holds; what was gathered of it is out of date afterwards."""
     if unit.users == 0:
         unit.release()

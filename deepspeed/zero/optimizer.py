@@ -129,9 +129,10 @@ class ZeroOptimizer(WrappedOptimizer):
             self.states.lay_out(unit, [group_of[id(param)] for param in unit.params], inner)
         for param in before:
             del inner.state[param]
-        self._fill_groups()
+        self.refill_groups()
 
-    def _fill_groups(self) -> None:
+    def refill_groups(self) -> None:
+        """Let the inner optimizer's groups have the leaves as they are now cut."""
         leaves = [leaf for unit_leaves in self.states.leaves.values() for leaf in unit_leaves]
         for group in self.optimizer.param_groups:
             group["params"] = [leaf.tensor for leaf in leaves if leaf.group is group]
@@ -174,6 +175,19 @@ class ZeroOptimizer(WrappedOptimizer):
                         self._mirror(leaf)
                     self.states.deliver(unit)
                     unit.publish()
+
+    def dtype_of_state(self, leaf: Leaf) -> torch.dtype:
+        """The dtype in which the inner optimizer keeps states of a leaf; torch's own keep that of the parameter."""
+        chosen = getattr(self.optimizer, "dtype_of_state", None)
+        dtype: torch.dtype = leaf.tensor.dtype if chosen is None else chosen(leaf.tensor)
+        return dtype
+
+    def device_of_number(self, leaf: Leaf, key: str) -> torch.device:
+        """Where the inner optimizer keeps a state that is one number; torch's own count steps on the host."""
+        on_host = key == "step" and not hasattr(self.optimizer, "dtype_of_state")
+        if on_host and not (leaf.group.get("capturable") or leaf.group.get("fused")):
+            return torch.device("cpu")
+        return leaf.tensor.device
 
     def _mirror(self, leaf: Leaf) -> None:
         """Copy a leaf's master to the storage that mirrors it."""
@@ -335,7 +349,7 @@ class ZeroOptimizer(WrappedOptimizer):
     def _split_unused(self, unused: set[nn.Parameter]) -> None:
         for unit in self.units:
             self.states.split(unit, {index for index, param in enumerate(unit.params) if param in unused})
-        self._fill_groups()
+        self.refill_groups()
 
     def _work(
         self, active: Sequence[UnitGradients], unused: set[nn.Parameter]

@@ -13,7 +13,7 @@ cuts. Those that need whole parameters get them whole, and then a tile is a whol
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -263,6 +263,22 @@ class LeafStates:
         if parcel is None or self._tier is None:
             return nullcontext()
         return self._tier.holding(parcel, changed=changed)
+
+    @contextmanager
+    def renewing(self, leaf: Leaf) -> Iterator[None]:
+        """Have a leaf in memory inside, to change it or give it other states; what it has then is kept."""
+        self._fetch(leaf)
+        yield
+        if leaf in self._parcels:
+            self._put(leaf)
+
+    def shape_of(self, leaf: Leaf, state: Tensor) -> torch.Size:
+        """The shape of one of a leaf's states, which may be away."""
+        parcel = self._parcels.get(leaf)
+        if parcel is None or parcel.is_here:
+            return state.shape
+        places = zip(parcel.tensors, parcel.places, strict=True)
+        return next((place.shape for tensor, place in places if tensor is state), state.shape)
 
     def replace(self) -> None:
         """Take note that the optimizer's states are other tensors now; all of them are in memory."""

@@ -100,6 +100,8 @@ DEFAULTS = {
     "timers.throughput.synchronized": True,
     "checkpoint.tag_validation": "warn",
     "checkpoint.load_universal": False,
+    "checkpoint.load_missing": "warn",
+    "checkpoint.load_fallback": False,
     "checkpoint.use_node_local_storage": False,
     "checkpoint.parallel_write.pipeline_stage": False,
     "checkpoint.checkpoint_serialization": True,

@@ -257,7 +257,6 @@ UNBUILT = [
     ({ZERO: {"zero_quantized_gradients": True}}, f"{ZERO}.zero_quantized_gradients: "),
     ({"optimizer": {"type": "OneBitAdam"}}, "optimizer.type: "),
     ({"flops_profiler": {"enabled": True}}, "flops_profiler.enabled: "),
-    ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal: "),
     ({"checkpoint": {"checkpoint_serialization": False}}, "checkpoint.checkpoint_serialization: "),
     ({"checkpoint": {"writer": {}}}, "checkpoint.writer: "),
     ({"nebula": {"enabled": True}}, "nebula.enabled: "),

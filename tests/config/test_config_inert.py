@@ -28,6 +28,9 @@ READ = {
         comms_logger.debug
     """,
     "engine/engine.py": "managed_gradient_accumulation",
+    "engine/checkpointing.py": """
+        checkpoint.tag_validation checkpoint.load_missing checkpoint.load_fallback
+    """,
     "engine/build.py": """
         optimizer.params scheduler.type scheduler.params gradient_clipping prescale_gradients
         gradient_predivide_factor gradient_allreduce_op communication_data_type dataloader_drop_last
@@ -114,7 +117,6 @@ def test_the_tables_overlap_nowhere_and_name_only_known_keys():
 OTHER = {
     "aio.thread_count": 2,
     "allgather_size": 2,
-    "checkpoint.tag_validation": "fail",
     "eigenvalue": {"enabled": True},
     "moe": {"enabled": True},
     "pipeline.partition": "uniform",

@@ -159,3 +159,51 @@ def test_an_empty_or_used_up_loader_is_explained():
     assert next(once) == 1
     with pytest.raises(UsageError, match="not a generator"):
         next(once)
+
+
+def taken(loaders, batches):
+    """Take batches in turn from the loaders of all ranks; return the samples of each round, sorted."""
+    iterators = [iter(loader) for loader in loaders]
+    return [sorted(item for one in iterators for item in next(one).tolist()) for _ in range(batches)]
+
+
+@pytest.mark.parametrize("data", [Numbers(28), Stream(28)], ids=["map", "stream"])
+@pytest.mark.parametrize("worlds", [(2, 2), (2, 1), (1, 3), (3, 2)], ids=str)
+def test_an_epoch_goes_on_where_it_stopped_on_any_number_of_ranks(data, worlds):
+    whole = [item for batch in DeepSpeedDataLoader(data, 1, rank=0, world_size=1) for item in batch.tolist()]
+    before = of_ranks(data, worlds[0])
+    first = taken(before, 2)
+    after = of_ranks(data, worlds[1])
+    for loader in after:
+        loader.load_state_dict(before[0].state_dict())
+    rest = [flat(epochs(loader)[0]) for loader in after]
+    assert sorted(flat(first) + flat(rest)) == sorted(whole)
+    assert sorted(flat(first)) == sorted(whole[: len(flat(first))])
+    assert [loader.epoch for loader in after] == [1] * worlds[1]
+
+
+def test_the_position_counts_what_was_handed_out_and_a_finished_epoch_is_not_gone_on_with():
+    loader = DeepSpeedDataLoader(Numbers(6), 2, num_workers=1)
+    assert loader.state_dict() == {"epoch": 0, "samples": 0}
+    batches = iter(loader)
+    next(batches)
+    assert loader.state_dict() == {"epoch": 0, "samples": 2}
+    next(batches)
+    next(batches)
+    assert loader.state_dict() == {"epoch": 1, "samples": 0}
+    assert list(batches) == []
+    assert loader.state_dict() == {"epoch": 1, "samples": 0}
+
+
+def test_a_repeating_loader_goes_on_too():
+    loader = DeepSpeedDataLoader(Numbers(8), 2, seed=5)
+    first, second = epochs(DeepSpeedDataLoader(Numbers(8), 2, seed=5), 2)
+    repeating = RepeatingLoader(loader)
+    loader.load_state_dict({"epoch": 0, "samples": 4})
+    assert [next(repeating).tolist() for _ in range(6)] == first[2:] + second
+
+
+def test_a_sampler_of_the_user_s_is_read_up_to_the_position():
+    loader = DeepSpeedDataLoader(Numbers(8), 2, sampler=SequentialSampler(Numbers(8)))
+    loader.load_state_dict({"epoch": 0, "samples": 4})
+    assert epochs(loader) == [[[4, 5], [6, 7]]]

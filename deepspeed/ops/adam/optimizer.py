@@ -86,7 +86,7 @@ class FusedAdam(LeafOptimizer):
             param.numel() < CHUNK
             and param.is_contiguous()
             and grad.is_contiguous()
-            and param.dtype == grad.dtype == self._dtype_of_state(param)
+            and param.dtype == grad.dtype == self.dtype_of_state(param)
             and kernel_serves(param)
         )
 

@@ -1,0 +1,279 @@
+"""One file of a checkpoint: a torch zip file of tensors and plain containers, written and read range by range.
+
+    file    [ frame: pickle ][ record 0 ][ frame ][ record 1 ] ... [ record n ][ frame: directory ]
+    record  [ block ][ block ][ block ... ]        one tensor's values, a checksum for every block
+
+``torch.load(path, weights_only=True, mmap=True)`` opens it; the reader here does not even unpickle: it goes by the
+places of the records, which the manifest tells.
+
+Note [Skeleton first]
+``torch.save`` writes a file without the tensors' values, which then are written into their places one range after
+the other. So what is on disk or on a device never has to be in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.serialization import skip_data
+
+from deepspeed.errors import CheckpointError
+
+BLOCK = 2**22
+"""Bytes under one checksum: what is read at least of a record of that size."""
+
+_LOCAL_HEADER = 30  # bytes before the name in a zip file's header of a member
+
+
+@dataclass(eq=False)
+class Room:
+    """A tensor in a file, whose values are written later, in order.
+
+    Attributes:
+        index: of its record, once the file has been begun.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    index: int = -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass
+class Record:
+    """Where a tensor's values are in a file, and the checksums of its blocks."""
+
+    offset: int
+    nbytes: int
+    checksums: list[int] = field(default_factory=list)
+
+
+@dataclass
+class FileEntry:
+    """What the manifest says of a file: its size, the checksum of all that is in no record, and the records."""
+
+    name: str
+    size: int
+    frame: int
+    records: list[Record]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        records = [[one.offset, one.nbytes, one.checksums] for one in self.records]
+        return {"name": self.name, "size": self.size, "frame": self.frame, "records": records}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> FileEntry:
+        """Undo `to_json`."""
+        return cls(data["name"], data["size"], data["frame"], [Record(*one) for one in data["records"]])
+
+
+class RecordWriter:
+    """Write one file.
+
+    Args:
+        path: of the file; what is there is replaced.
+        structure: plain containers that hold rooms and tensors. The same room or tensor may be there twice.
+    """
+
+    def __init__(self, path: Path, structure: Any) -> None:
+        self._path = path
+        self._rooms: list[Room] = []
+        self._given: list[tuple[Room, Tensor]] = []
+        self._known: dict[int, tuple[Any, Tensor]] = {}
+        with skip_data():
+            torch.save(self._skeleton(structure), path)
+        self._known.clear()
+        places = _places(path)
+        if [nbytes for _, nbytes in places] != [room.nbytes for room in self._rooms]:
+            raise CheckpointError(f"{path}: torch.save wrote other records than expected of this structure")
+        self._records = [Record(*place) for place in places]
+        self._filled = [0] * len(places)
+        self._file = os.open(path, os.O_RDWR)
+        for room, tensor in self._given:
+            self.append(room, tensor)
+        self._given.clear()
+
+    def _skeleton(self, item: Any) -> Any:
+        """Replace rooms and tensors by tensors that have no values."""
+        if isinstance(item, (Room, Tensor)):
+            if id(item) not in self._known:
+                self._known[id(item)] = (
+                    item,
+                    self._place_for(item),
+                )  # with the item, so that its id stays taken
+            return self._known[id(item)][1]
+        if isinstance(item, dict):
+            return type(item)((key, self._skeleton(value)) for key, value in item.items())
+        if type(item) in (list, tuple):
+            return type(item)(self._skeleton(value) for value in item)
+        return item
+
+    def _place_for(self, item: Room | Tensor) -> Tensor:
+        room = item if isinstance(item, Room) else Room(tuple(item.shape), item.dtype)
+        room.index = len(self._rooms)
+        self._rooms.append(room)
+        if isinstance(item, Tensor):
+            self._given.append((room, item))
+        # a bare storage: torch.empty may be told to fill what it returns
+        storage = torch.UntypedStorage(room.nbytes)
+        strides = torch.empty(room.shape, device="meta").stride()
+        return torch.empty(0, dtype=room.dtype).set_(storage, 0, room.shape, strides)
+
+    def append(self, room: Room, values: Tensor) -> None:
+        """Write the next values of a room."""
+        data = _bytes_of(values).numpy().data
+        record, start = self._records[room.index], self._filled[room.index]
+        _write_all(self._file, data, record.offset + start)
+        self._filled[room.index] = start + len(data)
+        while len(data):
+            inside = start % BLOCK
+            if inside == 0:
+                record.checksums.append(0)
+            part = data[: BLOCK - inside]
+            record.checksums[-1] = zlib.crc32(part, record.checksums[-1])
+            start, data = start + len(part), data[len(part) :]
+
+    def close(self) -> FileEntry:
+        """Put everything on the disk; return what the manifest has to say of the file."""
+        for room, record, filled in zip(self._rooms, self._records, self._filled, strict=True):
+            if filled != record.nbytes:
+                raise CheckpointError(
+                    f"{self._path}: {filled} of {room.nbytes} bytes of a tensor were written"
+                )
+        size = os.fstat(self._file).st_size
+        frame = _frame_checksum(self._file, size, self._records)
+        os.fsync(self._file)
+        self.abandon()
+        return FileEntry(self._path.name, size, frame, self._records)
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class RecordReader:
+    """Read ranges of one file's records, and check what is read."""
+
+    def __init__(self, path: Path, entry: FileEntry) -> None:
+        self.path, self._entry = path, entry
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from None
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._checked: set[tuple[int, int]] = set()  # records and their blocks
+
+    def check_frame(self) -> None:
+        """Check the size, and everything that is in no record."""
+        size = os.fstat(self._file).st_size
+        if size != self._entry.size:
+            raise CheckpointError(
+                f"{self.path}: expected {self._entry.size} bytes, got {size}: the file was cut"
+            )
+        if _frame_checksum(self._file, size, self._entry.records) != self._entry.frame:
+            raise CheckpointError(f"{self.path}: damaged: its headers are not those that were written")
+
+    def check(self, index: int) -> None:
+        """Check what was not read yet of a record."""
+        for block in range(len(self._entry.records[index].checksums)):
+            if (index, block) not in self._checked:
+                self._block(index, block)
+
+    def read(self, index: int, dtype: torch.dtype, start: int, out: Tensor) -> None:
+        """Fill `out` (flat, any dtype and device) with elements of a record of `dtype`, from `start` on."""
+        first, last = start * dtype.itemsize, (start + out.numel()) * dtype.itemsize
+        position = first
+        while position < last:
+            block = position // BLOCK
+            data = self._block(index, block)
+            low, high = position - block * BLOCK, min(last - block * BLOCK, data.numel())
+            done = (position - first) // dtype.itemsize
+            part = data[low:high].view(dtype)
+            out[done : done + part.numel()].copy_(part)
+            position += high - low
+
+    def _block(self, index: int, block: int) -> Tensor:
+        """Return a block's bytes, checked; they are good until the next call."""
+        record = self._entry.records[index]
+        nbytes = min(BLOCK, record.nbytes - block * BLOCK)
+        if self._buffer.numel() < nbytes:
+            self._buffer = torch.empty(nbytes, dtype=torch.uint8)
+        data = self._buffer[:nbytes]
+        view = data.numpy().data
+        try:
+            got = _read_all(self._file, view, record.offset + block * BLOCK)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {error.strerror}") from None
+        if got != nbytes or zlib.crc32(view) != record.checksums[block]:
+            where = record.offset + block * BLOCK
+            raise CheckpointError(
+                f"{self.path}: damaged: bytes {where} to {where + nbytes} are not those that were written"
+            )
+        self._checked.add((index, block))
+        return data
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def _bytes_of(values: Tensor) -> Tensor:
+    return values.detach().reshape(-1).cpu().contiguous().view(torch.uint8)
+
+
+def _places(path: Path) -> list[tuple[int, int]]:
+    """Return offset and size of the records of a torch zip file, in their order."""
+    found = []
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for info in archive.infolist():
+            folder, _, number = info.filename.rpartition("/")
+            if folder.endswith("/data") and number.isdigit():
+                file.seek(info.header_offset + _LOCAL_HEADER - 4)
+                name, extra = struct.unpack("<HH", file.read(4))
+                found.append((int(number), info.header_offset + _LOCAL_HEADER + name + extra, info.file_size))
+    return [(offset, nbytes) for _, offset, nbytes in sorted(found)]
+
+
+def _frame_checksum(file: int, size: int, records: list[Record]) -> int:
+    """Return the checksum of all bytes that are in no record."""
+    checksum = position = 0
+    for record in [*sorted(records, key=lambda one: one.offset), Record(size, 0)]:
+        while position < record.offset:
+            part = os.pread(file, min(BLOCK, record.offset - position), position)
+            if not part:
+                return -1
+            checksum, position = zlib.crc32(part, checksum), position + len(part)
+        position = max(position, record.offset + record.nbytes)
+    return checksum
+
+
+def _write_all(file: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        done = os.pwrite(file, data, offset)
+        data, offset = data[done:], offset + done
+
+
+def _read_all(file: int, into: memoryview, offset: int) -> int:
+    """Fill `into`; return how many bytes there were."""
+    position = 0
+    while position < len(into):
+        got = os.preadv(file, [into[position:]], offset + position)
+        if got == 0:
+            break
+        position += got
+    return position
