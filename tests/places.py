@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 import deepspeed.engine.offload
+import deepspeed.zero.holder
 
 
 @contextmanager
@@ -20,3 +21,15 @@ def host_apart() -> Iterator[None]:
         yield
     finally:
         module.HOST, module.is_apart_from_host = before
+
+
+@contextmanager
+def parameters_apart() -> Iterator[None]:
+    """``offload_param`` of ``cpu`` as a move to another memory, as it is beside a GPU."""
+    module = deepspeed.zero.holder
+    before = module.is_apart_from_host
+    module.is_apart_from_host = lambda device: True
+    try:
+        yield
+    finally:
+        module.is_apart_from_host = before

@@ -104,8 +104,7 @@ class Gatherer:
         meter: the units' meter.
 
     Attributes:
-        failure: what went wrong in a training pass, and the next step raises.
-        raised_by_step: whether there is a step that does.
+        raised_by_step: whether there is a step that raises what goes wrong in a training pass.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class Gatherer:
         self.units = [unit for unit in units if unit.sharding.releases]
         self.limits = limits
         self.meter = meter
-        self.failure: OffloadError | None = None
+        self._failure: OffloadError | None = None
         self.raised_by_step = False
         self._reads_ahead = any(unit.held.reads_ahead for unit in self.units)
         self._by_storage = {unit.memory.key: unit for unit in self.units}
@@ -361,8 +360,13 @@ class Gatherer:
         except OffloadError as error:
             if not (self.raised_by_step and self._training):
                 raise
-            self.failure = self.failure or error
+            self._failure = self._failure or error.with_traceback(None)  # its frames would keep the graph
             _show_zeros(unit)
+
+    def take_failure(self) -> OffloadError | None:
+        """Return what went wrong in a training pass; the caller raises it."""
+        failure, self._failure = self._failure, None
+        return failure
 
     def _prefetch(self) -> None:
         ahead = 0

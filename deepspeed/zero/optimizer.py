@@ -275,7 +275,7 @@ class ZeroOptimizer(WrappedOptimizer):
             unit.adopt_edits()
         self._reducer.flush()
         gatherer = self.parameter_offload
-        self._raise_together(self.states.failure or (gatherer.failure if gatherer is not None else None))
+        self._raise_together(self.states.failure or (None if gatherer is None else gatherer.take_failure()))
         active = [gradients for gradients in self._reducer.gradients if not gradients.landed.is_empty]
         if active:
             self._update_all(active)
