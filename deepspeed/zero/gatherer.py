@@ -349,19 +349,15 @@ class Gatherer:
         if not unit.is_whole:
             if not unit.is_gathering:
                 self._make_room(unit)
-            self._bring_in(unit)
+            try:
+                unit.bring()
+            except OffloadError as error:
+                if not (self.raised_by_step and self._training):
+                    raise
+                self._failure = self._failure or error.with_traceback(None)  # its frames would keep the graph
+                _show_zeros(unit)
         if is_new and self._reads_ahead:
             self._prefetch()
-
-    def _bring_in(self, unit: Unit) -> None:
-        """Make a unit whole; where a step will raise it on all ranks, a failure waits for that."""
-        try:
-            unit.bring()
-        except OffloadError as error:
-            if not (self.raised_by_step and self._training):
-                raise
-            self._failure = self._failure or error.with_traceback(None)  # its frames would keep the graph
-            _show_zeros(unit)
 
     def take_failure(self) -> OffloadError | None:
         """Return what went wrong in a training pass; the caller raises it."""

@@ -54,6 +54,7 @@ class Held:
         label: what errors between ranks call the unit.
 
     Attributes:
+        mine: this rank's shard; None where it is not on the flat's device.
         reads_alone: whether this rank can read what others hold without their help.
         reads_ahead: whether a gather that was started goes on by itself.
         nbytes: of memory, the flat's own included where it is held.
@@ -66,15 +67,11 @@ class Held:
 
     def __init__(self, rows: Tensor, sharding: Sharding, label: str) -> None:
         self._rows, self._sharding, self._label = rows, sharding, label
+        self.mine: Tensor | None = rows[sharding.spread_group.rank]
 
     @property
     def nbytes(self) -> int:
         return self._rows.numel() * self._rows.element_size()
-
-    @property
-    def mine(self) -> Tensor | None:
-        """This rank's shard; None where it is not on the flat's device."""
-        return self._rows[self._sharding.spread_group.rank]
 
     @property
     def movable(self) -> list[Tensor]:
@@ -181,7 +178,7 @@ class HeldInArena(Held):
 
     def drop(self) -> None:
         self.settle()  # a slower rank may still be reading
-        self._rows = self._rows.new_empty(0)
+        self._rows, self.mine = self._rows.new_empty(0), None
         self._block.give_back()
 
 
@@ -192,10 +189,7 @@ class HeldOnHost(Held):
         kept = aligned_empty(rows.numel(), rows.dtype, pin=pin).view(rows.shape)
         super().__init__(kept.copy_(rows), sharding, label)
         self.reads_alone = sharding.hold_group.size == 1
-
-    @property
-    def mine(self) -> Tensor | None:
-        return None
+        self.mine = None
 
     @property
     def movable(self) -> list[Tensor]:
@@ -256,7 +250,8 @@ class HeldOnDisk(Held):
     def __init__(
         self, tier: DiskTier, peers: PeerFiles | None, chunk: Tensor, sharding: Sharding, label: str
     ) -> None:
-        super().__init__(chunk.new_empty(0), sharding, label)
+        super().__init__(chunk.new_empty(1, 0), sharding, label)
+        self.mine = None
         self._tier, self._peers = tier, peers
         self.reads_alone = peers is not None
         self.nbytes_on_disk = chunk.numel() * chunk.element_size()
@@ -264,10 +259,6 @@ class HeldOnDisk(Held):
         with tier.noting_failure():  # raised where all ranks settle
             self._extent = tier.reserve(self.nbytes_on_disk)
             self.write(0, chunk)
-
-    @property
-    def mine(self) -> Tensor | None:
-        return None
 
     @property
     def movable(self) -> list[Tensor]:

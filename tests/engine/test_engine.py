@@ -79,9 +79,9 @@ def test_wrong_arguments_are_named():
     other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(ConfigError, match="build the optimizer after the model"):
         deepspeed.initialize(model=nn.Linear(1, 1), optimizer=other, config={"train_batch_size": 1})
-    offload = linear_config(zero_optimization={"stage": 3, "offload_param": {"device": "cpu"}})
-    with pytest.raises(NotBuiltError, match=r"zero_optimization\.offload_param\.device"):
-        deepspeed.initialize(model=nn.Linear(1, 1), config=offload)
+    quantised = linear_config(zero_optimization={"stage": 3, "zero_quantized_weights": True})
+    with pytest.raises(NotBuiltError, match=r"zero_optimization\.zero_quantized_weights"):
+        deepspeed.initialize(model=nn.Linear(1, 1), config=quantised)
 
 
 @on_ranks(1)
