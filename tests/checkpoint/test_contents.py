@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_runs import compare, everything, make_engine, train
 from harness import run_on_ranks
-from runs import compare, everything, make_engine, train
 from torch import nn
 
 import deepspeed

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from checkpoint_runs import compare, everything, make_engine, train
 from harness import run_on_ranks
-from runs import compare, everything, make_engine, train
 
 from deepspeed.checkpoint.records import RecordWriter
 from deepspeed.errors import CheckpointError, UsageError

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_runs import compare, draw, everything, make_engine, train
 from harness import run_on_ranks
-from runs import compare, draw, everything, make_engine, train
 
 PLACES = {
     "0": {"stage": 0},
