@@ -43,7 +43,9 @@ class SwapFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], rank: int = 0) -> None:
-        root = Path(path)
+        root = (
+            Path(path).expanduser().absolute()
+        )  # it is to be found when the working directory is another one
         self.leftovers = _remove_leftovers(root)
         self.path, lock = _claim(root, rank)
         owner = os.getpid()

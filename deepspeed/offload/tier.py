@@ -239,6 +239,7 @@ class DiskTier:
         if parcel.extent is None or parcel.extent.nbytes < nbytes:
             if parcel.extent is not None:
                 self._folder.free(parcel.extent)
+                parcel.extent = None
             parcel.extent = self._folder.reserve(nbytes)
         old = parcel.buffer
         if old is not None and places == parcel.places and _lie_in(old, parcel):

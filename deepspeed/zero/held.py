@@ -285,7 +285,7 @@ class HeldOnDisk(Held):
         return self._tier.read(file, offset, target)
 
     def write(self, start: int, values: Tensor) -> None:
-        with self._place(start, start + values.numel()) as place:
+        with self._tier.noting_failure(), self._place(start, start + values.numel()) as place:
             place.copy_(values)
 
     @contextmanager

@@ -115,6 +115,7 @@ class ZeroOptimizer(WrappedOptimizer):
         if gatherer is not None:
             reducer.on_complete = gatherer.gradients_arrived
             gatherer.raised_by_step = True
+        self._raise_together(self.states.failure)
         for gradients in reducer.gradients:
             for index, param in enumerate(gradients.unit.params):
                 param.ds_slot = TrainedSlot(gradients.unit, index, self, gradients)  # type: ignore[attr-defined]
@@ -165,7 +166,11 @@ class ZeroOptimizer(WrappedOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on the same rank of an equal run."""
+        groups = list(self.optimizer.param_groups)
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        for group, loaded in zip(groups, self.optimizer.param_groups, strict=True):
+            group.update(loaded)  # leaves know their group, and torch has made others
+        self.optimizer.param_groups[:] = groups
         self.loss_scaler.load_state_dict(state_dict["loss_scaler"])
         self.states.replace()
         with torch.no_grad():
@@ -366,16 +371,16 @@ class ZeroOptimizer(WrappedOptimizer):
         self, work: Sequence[tuple[Leaf, UnitGradients]], scale: Tensor | None
     ) -> OffloadError | None:
         """Update leaves; return what went wrong with their tier. One leaf at a time where they are away."""
-        try:
+        if self.states.failure is not None:  # of a split
+            return self.states.failure
+        with self.states.noting_failure():  # half an update is done: no later step may go on from there
             if self._fuses or self.states.are_away:
                 for leaf, grad in self.states.visit(work):
                     self._update_one(leaf, grad, scale)
             else:
                 self._plain_update(list(self.states.visit(work)), scale)
             self.states.settle_stored()
-        except OffloadError as error:
-            return error
-        return None
+        return self.states.failure
 
     def _update_one(self, leaf: Leaf, grad: Tensor, scale: Tensor | None) -> None:
         if self._fuses:

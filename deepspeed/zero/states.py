@@ -81,6 +81,7 @@ class LeafStates:
         self._born: dict[Unit, Parcel] = {}  # masters of units that have no leaves yet
         self._parcels: dict[Leaf, Parcel] = {}
         self._optimizer: torch.optim.Optimizer | None = None
+        self._failure: OffloadError | None = None
 
     # -- where things go --------------------------------------------------------------------------
 
@@ -124,6 +125,7 @@ class LeafStates:
         born = None if self._tier is None else self._born.get(unit)
         if self._tier is not None and born is not None:
             self._tier.fetch(born)
+            self._tier.drop(born)  # its place on the disk is for the leaves
         tile = None if born is None else self._tile_of(unit)
         leaves = make_leaves(unit, group_of, whole_parameters=self._whole_parameters, tile=tile)
         self.leaves[unit] = leaves
@@ -134,11 +136,10 @@ class LeafStates:
                 optimizer.state[leaf.tensor] = taken
             if born is not None:
                 self._parcels[leaf] = Parcel()
-                self._put(leaf)
-        if self._tier is not None and born is not None:
-            self._tier.drop(born)
-            if unit.has_master:
-                unit.master.data = unit.master.new_empty(0)
+                with self.noting_failure():
+                    self._put(leaf)
+        if self._tier is not None and born is not None and unit.has_master:
+            unit.master.data = unit.master.new_empty(0)
 
     @property
     def _state(self) -> State:
@@ -151,11 +152,19 @@ class LeafStates:
 
     @property
     def failure(self) -> OffloadError | None:
-        """What went wrong on the way to the tier and was not raised."""
-        found = [unit.held.failure for unit in self.leaves]
+        """What went wrong with a tier; what is there is of no use from then on."""
+        found = [self._failure, *(unit.held.failure for unit in self.leaves)]
         if self._tier is not None:
             found.append(self._tier.failure)
         return next((one for one in found if one is not None), None)
+
+    @contextmanager
+    def noting_failure(self) -> Iterator[None]:
+        """Note an OffloadError inside as `failure`, for a moment when all ranks raise it."""
+        try:
+            yield
+        except OffloadError as error:
+            self._failure = self._failure or error
 
     @property
     def are_away(self) -> bool:
@@ -213,7 +222,8 @@ class LeafStates:
         leaves = self.leaves[unit]
         if not indices or not leaves or leaves[0].shape is not None:
             return
-        self.leaves[unit] = [part for leaf in leaves for part in self._split(leaf, indices)]
+        with self.noting_failure():
+            self.leaves[unit] = [part for leaf in leaves for part in self._split(leaf, indices)]
 
     def _split(self, leaf: Leaf, indices: set[int]) -> list[Leaf]:
         parcel = self._parcels.get(leaf)
@@ -224,10 +234,10 @@ class LeafStates:
         if parts == [leaf]:
             self._tier.keep(parcel)
             return parts
+        self._tier.drop(self._parcels.pop(leaf))
         for part in parts:
             self._parcels[part] = Parcel()
             self._put(part)
-        self._tier.drop(self._parcels.pop(leaf))
         return parts
 
     def close(self) -> None:

@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 from harness import run_on_ranks
 from places import host_apart
+from torch import nn
 from toys import make_toy, toy_batch
 from training import config_for, drive_engine
 
 import deepspeed
 from deepspeed.errors import OffloadError, UsageError
+from deepspeed.offload.swap import SwapFolder
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -30,6 +32,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
 )
+from deepspeed.zero.states import LeafStates
 
 
 def make_engine_on_host(stage):
@@ -38,12 +41,14 @@ def make_engine_on_host(stage):
         return deepspeed.initialize(model=make_toy(), config=config)[0]
 
 
-def make_engine(folder, stage=3, precision="bf16", optimizer=None, gas=1, **zero):
+def make_engine(folder, stage=3, precision="bf16", optimizer=None, gas=1, model=None, **zero):
     states = {"device": "nvme", "nvme_path": folder} if folder else {"device": "none"}
-    config = config_for(stage, precision, gas, 0.5, offload_optimizer=states, sub_group_size=16, **zero)
+    config = config_for(
+        stage, precision, gas, 0.5, **{"offload_optimizer": states, "sub_group_size": 16, **zero}
+    )
     if optimizer is not None:
         del config["optimizer"]
-    return deepspeed.initialize(model=make_toy(), config=config, optimizer=optimizer)[0]
+    return deepspeed.initialize(model=model or make_toy(), config=config, optimizer=optimizer)[0]
 
 
 def train(engine, steps, gas=1):
@@ -121,6 +126,27 @@ def reloaded(folder):
 def test_the_optimizer_s_state_dict_moves_between_engines():
     with a_folder() as folder:
         run_on_ranks(2, reloaded, folder)
+
+
+def rescheduled(folder):
+    engines = [make_engine(folder), make_engine(folder)]
+    for engine in engines:
+        train(engine, [0])
+    engines[1].optimizer.load_state_dict(engines[1].optimizer.state_dict())
+    for engine in engines:
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 0.3
+        train(engine, [1, 2])
+    same(*engines)
+    assert all(group["params"] for group in engines[1].optimizer.param_groups)
+    for engine in engines:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_learning_rate_that_is_set_after_load_state_dict_counts(on_disk):
+    with a_folder() as folder:
+        run_on_ranks(1, rescheduled, folder if on_disk else None)
 
 
 def any_optimizer(folder, make):
@@ -212,8 +238,6 @@ def test_a_missing_folder_on_one_rank_is_an_error_on_all():
 
 def full(folder, moment):
     """A disk that is full on one rank: from the first byte on, or once the optimizer makes its states."""
-    from deepspeed.offload.swap import SwapFolder
-
     reserve, left = SwapFolder.reserve, [0 if moment == "start" else 200]
 
     def short(self, nbytes):
@@ -241,6 +265,52 @@ def full(folder, moment):
 def test_a_full_disk_on_one_rank_is_an_error_on_all(moment):
     with tempfile.TemporaryDirectory() as folder:
         run_on_ranks(2, full, folder, moment)
+
+
+def full_when(folder, method):
+    """A disk that is full on one rank from a call of `LeafStates` on; `split` needs a parameter without gradient."""
+
+    def short(self, nbytes):
+        raise OffloadError(f"reserve {nbytes} bytes: No space left on device")
+
+    def then_full(self, *args):
+        if dist.get_rank() == 1:
+            patch.setattr(SwapFolder, "reserve", short)
+        return original(self, *args)
+
+    def start_and_train():
+        engines.append(make_engine(folder, model=make_toy(unused=True)))
+        train(engines[0], range(3))
+
+    original, engines = getattr(LeafStates, method), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LeafStates, method, then_full)
+        with pytest.raises(OffloadError, match="No space left"):
+            start_and_train()
+    for engine in engines:
+        with pytest.raises(
+            OffloadError, match="No space left"
+        ):  # there is some again, but half an update is done
+            train(engine, [3])
+        engine.destroy()
+
+
+@pytest.mark.parametrize("method", ["lay_out", "split", "visit"])
+def test_a_disk_that_gets_full_is_an_error_on_all_and_stays_one(method):
+    with tempfile.TemporaryDirectory() as folder:
+        run_on_ranks(2, full_when, folder, method)
+
+
+def room(folder):
+    engine = make_engine(folder, precision="fp32", sub_group_size=10**9, model=nn.Linear(512, 512))
+    masters = 4 * sum(param.numel() for param in engine.module.parameters())
+    assert engine.optimizer.states._tier.file.size < 1.5 * masters
+    engine.destroy()
+
+
+def test_a_start_takes_no_more_of_the_disk_than_masters_do():
+    with a_folder() as folder:
+        run_on_ranks(1, room, folder)
 
 
 SCRIPT = """

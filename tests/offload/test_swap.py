@@ -126,6 +126,19 @@ def test_nothing_is_left_when_a_job_ends(tmp_path, then):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["swap", "~/swap"])
+def test_a_folder_is_found_from_everywhere(tmp_path, monkeypatch, name):
+    (tmp_path / "swap").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = SwapFolder(name)
+    assert os.listdir(tmp_path / "swap")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    folder.close()
+    assert not os.listdir(tmp_path / "swap")
+
+
 def test_what_a_killed_job_left_is_removed_at_the_next_start(tmp_path):
     process, left = job(tmp_path)
     assert end(process, signal.SIGKILL) == -signal.SIGKILL
