@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class Reducer:
         self._eager = True
         self._outermost: int | None = None  # autograd's number of a backward that nobody announced
         self._hooks = [
-            param.register_post_accumulate_grad_hook(partial(self._arrived, gradients))
+            param.register_post_accumulate_grad_hook(partial(_tell, ref(self), ref(gradients)))
             for gradients in self.gradients
             for param in gradients.unit.params
         ]
@@ -204,6 +205,19 @@ class Reducer:
     def _land_next(self) -> None:
         self._order[self._landed].land()
         self._landed += 1
+
+
+def _tell(
+    reducer: ReferenceType[Reducer], gradients: ReferenceType[UnitGradients], param: nn.Parameter
+) -> None:
+    """Tell the reducer, if there is one still, that a gradient has arrived.
+
+    Python's garbage collector does not see what the hooks of a parameter hold: with more than weak references an
+    engine that is let go without `destroy` would stay, with its memory, threads and files.
+    """
+    receiver, unit_gradients = reducer(), gradients()
+    if receiver is not None and unit_gradients is not None:
+        receiver._arrived(unit_gradients, param)
 
 
 def _nothing(*_: object) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+import threading
+import weakref
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -311,6 +314,41 @@ def room(folder):
 def test_a_start_takes_no_more_of_the_disk_than_masters_do():
     with a_folder() as folder:
         run_on_ranks(1, room, folder)
+
+
+def open_in(folder):
+    """Files in a folder that this process has open, removed ones too."""
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the descriptor of the listing
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+    return [link for link in links if link.startswith(folder)]
+
+
+def come_and_go(folder, end):
+    weights = {"device": "nvme", "nvme_path": folder, "max_in_cpu": 0}
+    for _ in range(3):
+        engine = make_engine(folder, offload_param=weights)
+        train(engine, range(2))
+        module = weakref.ref(engine.module)
+        if end == "destroy":
+            engine.destroy()
+        del engine
+        gc.collect()
+        assert module() is None
+        assert not open_in(folder)
+        assert not [one for one in os.listdir(folder) if one.endswith(f"rank{dist.get_rank()}")]
+    for thread in threading.enumerate():
+        if thread.name.startswith("deepspeed-disk"):
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("end", ["destroy", "forget"])
+def test_engines_that_come_and_go_leave_no_file_descriptor_or_thread(ranks, end):
+    with a_folder() as folder:
+        run_on_ranks(ranks, come_and_go, folder, end)
 
 
 SCRIPT = """
