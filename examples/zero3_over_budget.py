@@ -79,11 +79,10 @@ def parse() -> argparse.Namespace:
 
 def held(engine: deepspeed.DeepSpeedEngine) -> int:
     """Bytes of weights, master weights and optimizer states that this rank keeps between uses."""
-    tensors = [tensor for unit in engine.optimizer.units for tensor in (unit.flat, unit.held, unit.master)]
-    for state in engine.optimizer.state.values():
-        tensors += [value for value in state.values() if isinstance(value, torch.Tensor) and value.dim() > 0]
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    report = engine.memory_report()
+    states = [value for state in engine.optimizer.state.values() for value in state.values()]
+    moments = [one for one in states if isinstance(one, torch.Tensor) and one.dim() > 0]
+    return report.parameters + report.masters + sum(one.nbytes for one in moments)
 
 
 def say(engine: deepspeed.DeepSpeedEngine, budget: float, need: int, fits: bool) -> None:
