@@ -74,7 +74,7 @@ def test_a_disk_that_loses_bytes_is_found_out(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["--folder", "no"], "in no: No such file or directory; create the folder"),
+        (["--folder", "no"], "/no: No such file or directory; create the folder"),
         ([], "--folder"),
         (["--folder", "disk", "--block_size", "x"], "expected a size such as 4096, 256K, 1M or 2G, got 'x'"),
         (["--folder", "disk", "--block_size", "0"], "got '0'"),
