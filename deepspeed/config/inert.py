@@ -77,5 +77,10 @@ def report_inert(config: DeepSpeedConfig) -> None:
         value = getattr(owner, name)
         if value != type(owner).model_fields[name].default:
             lines.append(f"{path} = {shown(value)} ({reason})")
+    zero = config.zero_optimization
+    if zero.stage < 3 and zero.offload_param is not None and zero.offload_param.device == "cpu":
+        lines.append(
+            f'{ZERO}.offload_param.device = "cpu" (below stage 3 parameters stay whole on the device)'
+        )
     if lines:
         warn_once(f"configuration keys without effect: {'; '.join(lines)}")

@@ -12,8 +12,8 @@ from deepspeed.zero.stage import RankGroup
 from deepspeed.zero.states import StateHome
 
 HOST = torch.device("cpu")
-IN_USE = 3
-"""Buffers beside those that wait to be written or were read ahead: a leaf's states, its gradient, a landing."""
+IN_USE = 1
+"""Buffers beside those that wait to be written or were read ahead: that of the leaf that is updated."""
 
 
 def home_of_states(

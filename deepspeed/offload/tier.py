@@ -8,6 +8,11 @@ Note [Reading ahead, writing behind]
 that is done, so there are never more buffers than asked for, except where the work in hand itself needs more.
 A write that failed is known when its buffer is wanted again, or at `drain`, whichever comes first.
 
+Note [Buffers remember]
+A buffer whose parcel is away and unchanged on the disk keeps its contents until it is needed for another one, the
+longest unused first; a parcel that is fetched before that is not read. Whoever goes over all parcels time and again
+does well to turn round each time: then the last of one round are the first of the next.
+
 Note [Failures wait for all ranks]
 A rank that raises in the middle of a backward leaves the others in a collective. Where that could be, the failure
 is noted (`noting_failure`), nothing more is written, and the next step raises it on every rank.
@@ -80,23 +85,37 @@ class DiskTier:
         buffers: how many to hold at most; at least 2, to work on one while another moves.
         pin: page-locked buffers, where there is a device.
 
-    Attributes:
-        failure: what went wrong where nobody could raise it.
     """
 
     def __init__(self, disk: Disk, folder: SwapFolder, *, buffers: int = 4, pin: bool = False) -> None:
         self.disk, self._folder, self._pin = disk, folder, pin
         self._limit = max(2, buffers)
-        self.failure: OffloadError | None = None
+        self._failed: str | None = None
         self._made = self._untrimmed = 0
         self._free: list[Tensor] = []
+        self._kept: dict[Parcel, Tensor] = {}  # see note [Buffers remember]
+        self._beside: list[DiskTier] = []
         self._writing: deque[tuple[Pending, Tensor, Parcel | None]] = deque()
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory in buffers."""
         busy = [buffer for _, buffer, _ in self._writing]
-        return sum(one.numel() for one in (*self._free, *busy))
+        return sum(one.numel() for one in (*self._free, *self._kept.values(), *busy)) + sum(
+            one.nbytes for one in self._beside
+        )
+
+    @property
+    def failure(self) -> OffloadError | None:
+        """What went wrong where nobody could raise it; a new error, as one that is kept keeps graphs in its frames."""
+        found = (self._failed, *(one._failed for one in self._beside))
+        return next((OffloadError(text) for text in found if text is not None), None)
+
+    def beside(self, buffers: int) -> DiskTier:
+        """Return a tier in the same files that has buffers of its own, for parcels of another size."""
+        tier = DiskTier(self.disk, self._folder, buffers=buffers, pin=self._pin)
+        self._beside.append(tier)
+        return tier
 
     # -- parcels ----------------------------------------------------------------------------------
 
@@ -123,12 +142,13 @@ class DiskTier:
     def keep(self, parcel: Parcel) -> None:
         """Take the memory of a parcel that did not change since it was fetched."""
         if parcel.buffer is not None and parcel.is_here:
-            self._free.append(parcel.buffer)
+            self._kept[parcel] = parcel.buffer
             self._leave(parcel)
 
     def prefetch(self, parcel: Parcel) -> None:
-        """Begin to read a parcel, if there is a buffer for it."""
-        if not parcel.is_here and parcel.reading is None:
+        """Begin to read a parcel, if it has to be read and there is a buffer for it."""
+        at_hand = parcel.is_here or parcel in self._kept or self._is_written(parcel)
+        if not at_hand and parcel.reading is None:
             buffer = self._take_now(parcel.nbytes)
             if buffer is not None:
                 self._read(parcel, buffer)
@@ -137,12 +157,12 @@ class DiskTier:
         """Bring a parcel in."""
         if parcel.is_here:
             return
-        if parcel.reading is None:
+        if parcel.reading is None and not self._recall(parcel):
             self._read(parcel, self._take(parcel.nbytes))
-        assert parcel.reading is not None
+        if parcel.reading is not None:
+            parcel.reading.wait()
+            parcel.reading = None
         assert parcel.buffer is not None
-        parcel.reading.wait()
-        parcel.reading = None
         parcel.is_here = True
         for tensor, place in zip(parcel.tensors, parcel.places, strict=True):
             tensor.data = place.of(parcel.buffer)
@@ -178,6 +198,8 @@ class DiskTier:
         """
         while self._writing:
             self._finish_write()
+        for tier in self._beside:
+            tier.drain()
 
     @contextmanager
     def noting_failure(self) -> Iterator[None]:
@@ -185,7 +207,7 @@ class DiskTier:
         try:
             yield
         except OffloadError as error:
-            self.failure = self.failure or error
+            self._failed = self._failed or str(error)
 
     def close(self) -> None:
         """Give everything back: threads, files, memory. Tensors that are away stay empty."""
@@ -193,7 +215,9 @@ class DiskTier:
             self.drain()
         self.disk.close()
         self._folder.close()
-        self._free.clear()
+        for tier in (self, *self._beside):
+            tier._free.clear()
+            tier._kept.clear()
 
     # -- ranges of a file -------------------------------------------------------------------------
 
@@ -264,8 +288,17 @@ class DiskTier:
             self._untrimmed = 0
             trim_heap()
 
+    def _is_written(self, parcel: Parcel) -> bool:
+        return any(one is parcel for _, _, one in self._writing)
+
+    def _recall(self, parcel: Parcel) -> bool:
+        """Give a parcel its contents from memory; False if no buffer has them."""
+        while self._is_written(parcel):
+            self._finish_write()
+        parcel.buffer = self._kept.pop(parcel, None)
+        return parcel.buffer is not None
+
     def _read(self, parcel: Parcel, buffer: Tensor) -> None:
-        self._settle(parcel)
         assert parcel.extent is not None
         parcel.buffer = buffer
         parcel.reading = self.disk.read(
@@ -290,10 +323,16 @@ class DiskTier:
             best = min(fitting, key=Tensor.numel)
             self._free = [one for one in self._free if one is not best]
             return best
+        if self._made < self._limit:
+            return self._make(nbytes)
         if self._free:  # too small for what is wanted now
             self._free.pop()
             self._made -= 1
-        return self._make(nbytes) if self._made < self._limit else None
+        elif self._kept:
+            self._free.append(self._kept.pop(next(iter(self._kept))))
+        else:
+            return None
+        return self._take_now(nbytes)
 
     def _make(self, nbytes: int) -> Tensor:
         self._made += 1
@@ -303,19 +342,29 @@ class DiskTier:
         self._free.append(buffer)
 
     def _finish_write(self) -> None:
-        pending, buffer, _ = self._writing.popleft()
-        self._free.append(buffer)
-        pending.wait()
+        pending, buffer, parcel = self._writing.popleft()
+        try:
+            pending.wait()
+        except OffloadError:
+            self._free.append(buffer)
+            raise
+        if parcel is None:
+            self._free.append(buffer)
+        else:
+            self._kept[parcel] = buffer
 
     def _settle(self, parcel: Parcel) -> None:
-        """Wait until nothing of a parcel is under way; what was read ahead is forgotten."""
-        while any(one is parcel for _, _, one in self._writing):
-            self._finish_write()
+        """Wait until nothing of a parcel is under way; what was read ahead or is remembered is forgotten."""
+        if parcel.is_here:
+            return
         if parcel.reading is not None:
             parcel.reading.wait()
-            assert parcel.buffer is not None
+            parcel.reading = None
+        else:
+            self._recall(parcel)
+        if parcel.buffer is not None:
             self._free.append(parcel.buffer)
-            parcel.reading = parcel.buffer = None
+            parcel.buffer = None
 
 
 class ReadThroughHost:

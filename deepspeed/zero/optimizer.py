@@ -165,21 +165,24 @@ class ZeroOptimizer(WrappedOptimizer):
         return {index: state for index, state in copies.items() if state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned on the same rank of an equal run."""
+        """Load what `state_dict` returned on the same rank of an equal run. All ranks call it."""
         groups = list(self.optimizer.param_groups)
         self.optimizer.load_state_dict(state_dict["optimizer"])
         for group, loaded in zip(groups, self.optimizer.param_groups, strict=True):
             group.update(loaded)  # leaves know their group, and torch has made others
         self.optimizer.param_groups[:] = groups
         self.loss_scaler.load_state_dict(state_dict["loss_scaler"])
-        self.states.replace()
+        with self.states.noting_failure():
+            self.states.replace()
         with torch.no_grad():
             for unit, leaves in self.states.leaves.items():
                 with unit.changing():
-                    for leaf in leaves:
-                        self._mirror(leaf)
+                    with self.states.noting_failure():
+                        for leaf in leaves:
+                            self._mirror(leaf)
                     self.states.deliver(unit)
                     unit.publish()
+        self._raise_together(self.states.failure)
 
     def dtype_of_state(self, leaf: Leaf) -> torch.dtype:
         """The dtype in which the inner optimizer keeps states of a leaf; torch's own keep that of the parameter."""
@@ -309,7 +312,10 @@ class ZeroOptimizer(WrappedOptimizer):
             if not self.overflow:
                 self._raise_together(self._update(work, scale))
         self._publish(active)
-        culprit = _first_non_finite(active) if self.overflow and self.loss_scaler.dynamic else None
+        culprit = None
+        if self.overflow and self.loss_scaler.dynamic:
+            with self.states.noting_failure():
+                culprit = _first_non_finite(active)
         self._reducer.clear()
         self.loss_scaler.update(self.overflow, culprit)
 

@@ -33,6 +33,9 @@ from deepspeed.zero.unit import Unit
 TILE = 2**21
 """Elements of a shard that are updated at a time where states are on disk."""
 
+LANDINGS = 4
+"""Tiles of gradients that may be in memory at a time."""
+
 State = dict[Tensor, dict[str, Any]]
 
 
@@ -73,15 +76,17 @@ class LeafStates:
         self.leaves: dict[Unit, list[Leaf]] = {}
         self.device = None if home is None else home.device
         self._tier = None if home is None else home.tier
+        self._landings = None if self._tier is None else self._tier.beside(LANDINGS)
         self._ratio = 0.0 if home is None else home.ratio
         self._seen = self._taken = 0  # elements
+        self._turned = False
         self._stream: Any = None  # on which gradients leave
         self._whole_parameters = whole_parameters
         self._tile = tile
         self._born: dict[Unit, Parcel] = {}  # masters of units that have no leaves yet
         self._parcels: dict[Leaf, Parcel] = {}
         self._optimizer: torch.optim.Optimizer | None = None
-        self._failure: OffloadError | None = None
+        self._failed: str | None = None
 
     # -- where things go --------------------------------------------------------------------------
 
@@ -105,8 +110,8 @@ class LeafStates:
         accumulate = unit.dtypes.accumulate
         if unit not in self._born:
             return GradientInMemory(pool, accumulate)
-        if self._tier is not None:
-            return GradientOnDisk(self._tier, pool, accumulate, self._tile_of(unit))
+        if self._landings is not None:
+            return GradientOnDisk(self._landings, pool, accumulate, self._tile_of(unit))
         if self._stream is None and unit.flat.device.type != "cpu":
             self._stream = get_accelerator().Stream()
         return GradientOnHost(accumulate, self._stream)
@@ -153,7 +158,9 @@ class LeafStates:
     @property
     def failure(self) -> OffloadError | None:
         """What went wrong with a tier; what is there is of no use from then on."""
-        found = [self._failure, *(unit.held.failure for unit in self.leaves)]
+        if self._failed is not None:
+            return OffloadError(self._failed)
+        found = [unit.held.failure for unit in self.leaves]
         if self._tier is not None:
             found.append(self._tier.failure)
         return next((one for one in found if one is not None), None)
@@ -164,7 +171,7 @@ class LeafStates:
         try:
             yield
         except OffloadError as error:
-            self._failure = self._failure or error
+            self._failed = self._failed or str(error)
 
     @property
     def are_away(self) -> bool:
@@ -186,11 +193,15 @@ class LeafStates:
     def visit(self, work: Sequence[tuple[Leaf, UnitGradients]]) -> Iterator[tuple[Leaf, Tensor]]:
         """Yield each leaf with its gradient while both are in memory; what was changed is kept.
 
-        The last writes go on while the next forward runs; a failure of theirs is raised by the next step.
+        The last writes go on while the next forward runs; a failure of theirs is raised by the next step. What is on
+        disk is visited there and back in turn, see Note [Buffers remember].
 
         Raises:
             OffloadError: reading or writing failed.
         """
+        if self._turned:
+            work = work[::-1]
+        self._turned = self.are_away and not self._turned
         for index, (leaf, gradients) in enumerate(work):
             self._fetch(leaf)
             if index + 1 < len(work):
@@ -250,11 +261,15 @@ class LeafStates:
     def visit_master(
         self, unit: Unit, start: int, stop: int, *, changed: bool = False
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield a range of a unit's master in parts that are in memory: where each begins, and its values (flat)."""
-        for leaf in self._overlapping(unit, start, stop):
-            with self.present(leaf, changed=changed):
-                low, high = max(start, leaf.start), min(stop, leaf.stop)
-                yield low, leaf.tensor.view(-1)[low - leaf.start : high - leaf.start]
+        """Yield a range of a unit's master in parts that are in memory: where each begins, and its values (flat).
+
+        What cannot be changed is noted as a failure: all ranks change something together.
+        """
+        with self.noting_failure() if changed else nullcontext():
+            for leaf in self._overlapping(unit, start, stop):
+                with self.present(leaf, changed=changed):
+                    low, high = max(start, leaf.start), min(stop, leaf.stop)
+                    yield low, leaf.tensor.view(-1)[low - leaf.start : high - leaf.start]
 
     def visit_state(
         self, unit: Unit, key: str, start: int, stop: int, *, changed: bool = False

@@ -20,7 +20,12 @@ def load(**tree):
         ({ZERO: False}, f"{ZERO}.stage", 0, ZERO),
         ({ZERO: True, "allgather_size": 1e6}, f"{ZERO}.allgather_bucket_size", 10**6, ZERO),
         ({ZERO: {"cpu_offload": True}}, f"{ZERO}.offload_optimizer.device", "cpu", "cpu_offload"),
-        ({ZERO: {"cpu_offload_param": True}}, f"{ZERO}.offload_param.device", "cpu", "cpu_offload_param"),
+        (
+            {ZERO: {"stage": 3, "cpu_offload_param": True}},
+            f"{ZERO}.offload_param.device",
+            "cpu",
+            "cpu_offload_param",
+        ),
         (
             {ZERO: {"stage3_gather_fp16_weights_on_model_save": True}},
             f"{ZERO}.stage3_gather_16bit_weights_on_model_save",

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,9 @@ from training import config_for, drive_engine
 
 import deepspeed
 from deepspeed.errors import OffloadError, UsageError
+from deepspeed.offload.files import DataFile
 from deepspeed.offload.swap import SwapFolder
+from deepspeed.offload.tier import DiskTier
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -349,6 +351,60 @@ def come_and_go(folder, end):
 def test_engines_that_come_and_go_leave_no_file_descriptor_or_thread(ranks, end):
     with a_folder() as folder:
         run_on_ranks(ranks, come_and_go, folder, end)
+
+
+@contextmanager
+def unwritable():
+    """A disk on which nothing can be written."""
+
+    def transfer(self, writes, *args):
+        if writes:
+            raise OffloadError("cannot go on")
+        return original(self, writes, *args)
+
+    original = DataFile.transfer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DataFile, "transfer", transfer)
+        yield
+
+
+def fail_to_load(folder):
+    engine = make_engine(folder)
+    train(engine, [0])
+    state = engine.optimizer.state_dict()
+    with (
+        unwritable() if dist.get_rank() == 1 else nullcontext(),
+        pytest.raises(OffloadError, match="cannot go on"),
+    ):
+        engine.optimizer.load_state_dict(state)
+    engine.destroy()
+
+
+def test_a_disk_that_fails_one_rank_while_states_are_loaded_is_an_error_on_all():
+    with a_folder() as folder:
+        run_on_ranks(2, fail_to_load, folder)
+
+
+def cannot_read(self, parcel):
+    raise OffloadError("cannot go on")
+
+
+def fail_to_set(folder):
+    engine = make_engine(folder, 3)
+    train(engine, [0])
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(DiskTier, "fetch", cannot_read)
+        for param in engine.module.parameters():
+            safe_set_full_fp32_param(param, torch.ones(param.ds_shape))
+    with pytest.raises(OffloadError, match="cannot go on"):
+        train(engine, [1])
+    engine.destroy()
+
+
+def test_a_disk_that_fails_one_rank_while_a_weight_is_set_is_an_error_of_the_next_step_on_all():
+    with a_folder() as folder:
+        run_on_ranks(2, fail_to_set, folder)
 
 
 SCRIPT = """
