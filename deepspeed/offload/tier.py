@@ -37,8 +37,8 @@ from deepspeed.offload.disk import Disk, Pending
 from deepspeed.offload.files import DataFile
 from deepspeed.offload.swap import Extent, SwapFolder
 
-TRIM_EVERY = 2**26
-"""Bytes that leave the heap between two trims of it."""
+TRIM_EVERY = 2**25
+"""Bytes that are copied to buffers, from what is in the heap, between two trims of it."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,14 @@ class DiskTier:
             parcel.tensors = list(tensors)
         if not parcel.tensors:
             return
-        before = parcel.nbytes
         buffer = self._packed(parcel)
         assert parcel.extent is not None
         pending = self.disk.write(parcel.extent.file, parcel.extent.offset, buffer[: parcel.extent.nbytes])
         self._writing.append((pending, buffer, parcel))
         self._leave(parcel)
-        self._trim(parcel.nbytes - before)
+        if self._untrimmed >= TRIM_EVERY:
+            self._untrimmed = 0
+            trim_heap()
 
     def keep(self, parcel: Parcel) -> None:
         """Take the memory of a parcel that did not change since it was fetched."""
@@ -271,6 +272,7 @@ class DiskTier:
         buffer = self._take(nbytes)
         for tensor, place in zip(parcel.tensors, places, strict=True):
             place.of(buffer).copy_(tensor)
+        self._untrimmed += nbytes
         if old is not None:
             self._free.append(old)
         parcel.places = places
@@ -280,13 +282,6 @@ class DiskTier:
         parcel.buffer, parcel.is_here = None, False
         for tensor in parcel.tensors:
             tensor.data = tensor.new_empty(0)
-
-    def _trim(self, grown: int) -> None:
-        """Give the system what tensors left behind in the heap: those a parcel has grown by were not in buffers."""
-        self._untrimmed += grown
-        if self._untrimmed >= TRIM_EVERY:
-            self._untrimmed = 0
-            trim_heap()
 
     def _is_written(self, parcel: Parcel) -> bool:
         return any(one is parcel for _, _, one in self._writing)
