@@ -5,6 +5,7 @@
       global_step20/               manifest.json and the files it names
       .global_step30.partial/      being written, or left by a job that was killed; never read
       .global_step20.old/          for a moment, while a checkpoint is replaced by one of the same tag
+      .global_step10.removed/      for a moment, while a checkpoint that is one too many goes
 
 Note [A checkpoint is there or not]
 Files are written in the temporary folder and put on the disk, the manifest last; one rename makes it the
@@ -15,6 +16,7 @@ a `latest` that names it.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +25,8 @@ from deepspeed.checkpoint.manifest import NAME, Manifest
 from deepspeed.errors import CheckpointError
 
 LATEST = "latest"
+NUMBERED = re.compile(r"global_step\d+")
+"""Tags that `save_checkpoint` gives where the user gives none."""
 WAY_BACK = "newest whole checkpoint"
 
 
@@ -74,6 +78,24 @@ def commit(save_dir: Path, tag: str, manifest: Manifest, *, latest: bool) -> Pat
     if latest:
         _write_latest(save_dir, tag)
     return target
+
+
+def prune(save_dir: Path, keep: int) -> None:
+    """Remove all but the newest `keep` whole checkpoints whose tags are numbered, ``latest``'s never.
+
+    One goes out of sight by a rename before anything of it is removed. Tags that a user has chosen stay, and so does
+    what is damaged.
+    """
+    with suppress(OSError):
+        for left in save_dir.glob(".*.removed"):
+            shutil.rmtree(left, ignore_errors=True)
+    numbered = [tag for tag in whole_checkpoints(save_dir) if NUMBERED.fullmatch(tag)]
+    latest = read_latest(save_dir)
+    for tag in numbered[keep:]:
+        if tag != latest:
+            removed = save_dir / f".{tag}.removed"
+            os.rename(save_dir / tag, removed)
+            shutil.rmtree(removed, ignore_errors=True)
 
 
 def give_up(save_dir: Path, tag: str) -> None:

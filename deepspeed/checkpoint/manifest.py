@@ -112,19 +112,12 @@ class Manifest:
             os.fsync(file.fileno())
 
     def _to_json(self) -> dict[str, Any]:
-        values = {
-            kind: {
-                name: [one.dtype, one.shape, [list(place) for place in one.places]]
-                for name, one in named.items()
-            }
-            for kind, named in self.values.items()
-        }
         return {
             "format": "deepspeed checkpoint",
             "version": VERSION,
             "about": self.about,
             "parameters": self.parameters,
-            "values": values,
+            "values": values_to_json(self.values),
             "scalars": self.scalars,
             "files": [entry.to_json() for entry in self.files],
         }
@@ -155,15 +148,30 @@ class Manifest:
             raise CheckpointError(
                 f"{path}: version: expected at most {VERSION}, got {body['version']}; update deepspeed to load it"
             )
-        values = {
-            kind: {
-                name: Value(dtype, shape, [Place(*place) for place in places])
-                for name, (dtype, shape, places) in named.items()
-            }
-            for kind, named in body["values"].items()
-        }
+        values = values_from_json(body["values"])
         files = [FileEntry.from_json(entry) for entry in body["files"]]
         return cls(body["about"], body["parameters"], values, body["scalars"], files)
+
+
+def values_to_json(values: Values) -> dict[str, Any]:
+    """Return plain data."""
+    return {
+        kind: {
+            name: [one.dtype, one.shape, [list(place) for place in one.places]] for name, one in named.items()
+        }
+        for kind, named in values.items()
+    }
+
+
+def values_from_json(data: dict[str, Any]) -> Values:
+    """Undo `values_to_json`."""
+    return {
+        kind: {
+            name: Value(dtype, shape, [Place(*place) for place in places])
+            for name, (dtype, shape, places) in named.items()
+        }
+        for kind, named in data.items()
+    }
 
 
 def _text(body: dict[str, Any]) -> bytes:

@@ -36,6 +36,7 @@ class CheckpointSection(Section):
         "warn", "what load_checkpoint does where there is no checkpoint"
     )
     load_fallback: bool = key(False, "load the newest whole checkpoint where the one asked for is damaged")
+    keep_last: Size = key(0, "checkpoints with tags global_stepN that stay, the newest; 0: all")
     use_node_local_storage: bool = key(False, "every node writes model states to its own disk")
     parallel_write: ParallelWriteSection = part(ParallelWriteSection, "who writes")
     checkpoint_serialization: bool = key(True, "false: torch's old file format")

@@ -122,6 +122,14 @@ def _offload(config: DeepSpeedConfig) -> Lines:
         )
 
 
+def _checkpoint(config: DeepSpeedConfig) -> Lines:
+    writer = config.checkpoint.writer
+    if writer is not None and writer.type == "MOCK":
+        yield (
+            'checkpoint.writer.type: expected "FAST" or "PYTHON", got "MOCK", which would save nothing; remove the key'
+        )
+
+
 def _zenflow(config: DeepSpeedConfig) -> Lines:
     zenflow = config.zero_optimization.zenflow
     if zenflow and zenflow.select_strategy == "auto" and isinstance(zenflow.select_interval, int):
@@ -200,6 +208,7 @@ RULES: tuple[Callable[[DeepSpeedConfig], Lines], ...] = (
     _optimizer,
     _gradients,
     _offload,
+    _checkpoint,
     _zenflow,
     _activation,
     _compile,

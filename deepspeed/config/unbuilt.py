@@ -89,7 +89,6 @@ TABLE = [
     Unbuilt("flops_profiler.enabled", "the flops profiler"),
     Unbuilt("checkpoint.parallel_write.pipeline_stage", "shared writing of a pipe stage"),
     Unbuilt("checkpoint.checkpoint_serialization", "torch's old file format", _is(False)),
-    Unbuilt("checkpoint.writer", "another checkpoint writer", _given, settings=("checkpoint.writer.*",)),
     Unbuilt("nebula.enabled", "Nebula"),
     Unbuilt("datastates_ckpt", "DataStates", lambda value: value is not False),
     Unbuilt(

@@ -20,16 +20,17 @@ import torch.distributed as dist
 from torch import nn
 
 from deepspeed.checkpoint import folders
-from deepspeed.checkpoint.contents import OptimizerContents, describe, names_of, plan_weights, values_of
-from deepspeed.checkpoint.manifest import Manifest, Values
+from deepspeed.checkpoint.contents import OptimizerContents, describe, names_of, plan_weights
+from deepspeed.checkpoint.manifest import Manifest
 from deepspeed.checkpoint.plain import from_plain, to_plain
 from deepspeed.checkpoint.reading import CheckpointReader
-from deepspeed.checkpoint.records import FileEntry, RecordWriter
 from deepspeed.checkpoint.restoring import Restorer
+from deepspeed.checkpoint.saving import Commit, Save
 from deepspeed.comm.agreement import raise_together
 from deepspeed.common.logging import announce, logger, warn_once
 from deepspeed.engine.randomness import random_states, set_random_states
 from deepspeed.errors import CheckpointError, DeepSpeedError, UsageError
+from deepspeed.offload.disk import Disk
 from deepspeed.version import __version__
 from deepspeed.zero.gathered import GatheredParameters
 
@@ -83,6 +84,7 @@ class Checkpointing(nn.Module):
     _units: list[Unit]
     _micro_batches: int
     _accumulating: bool
+    _saving: Save | None = None
 
     # -- saving -----------------------------------------------------------------------------------
 
@@ -112,26 +114,48 @@ class Checkpointing(nn.Module):
             UsageError: `client_state` holds something else, or ranks disagree on the tag and it matters.
         """
         begun, folder = time.perf_counter(), Path(save_dir)
+        self.finish_saving()
         tag = self._agreed_tag(
             "save_checkpoint", f"global_step{self.global_steps}" if tag is None else str(tag)
         )
         self._together("save_checkpoint", lambda: self._begin_saving(folder, tag))
+        save = self._together(
+            "save_checkpoint", lambda: self._save_of(folder, tag, save_latest, exclude_frozen_parameters)
+        )
+        disk = Disk()
+
+        def finished() -> None:
+            disk.close()
+            logger.info("saved %s in %.1f s", folder / tag, time.perf_counter() - begun)
+
         try:
-            part = self._together(
-                "save_checkpoint",
-                lambda: self._write_files(folder, tag, client_state or {}, exclude_frozen_parameters),
-            )
-            parts = self._gathered(part)
-            about = self._about(tag, exclude_frozen_parameters)
-            self._together(
-                "save_checkpoint", lambda: self._commit(folder, tag, about, parts, latest=save_latest)
-            )
+            self._together("save_checkpoint", lambda: self._give_values(save, client_state or {}, disk))
+            if self._saves_later:
+                self._saving = save
+                save.start(finished)
+                return True
+            self._together("save_checkpoint", save.write)
+            self._together("save_checkpoint", save.finish)
         except DeepSpeedError:
-            if self.data_parallel.rank == 0:
-                folders.give_up(folder, tag)
+            save.abandon()
             raise
-        logger.info("saved %s in %.1f s", folder / tag, time.perf_counter() - begun)
+        finished()
         return True
+
+    def finish_saving(self) -> None:
+        """Wait until a checkpoint that is being saved while training goes on is there; every rank must call it.
+
+        Raises:
+            CheckpointError: it could not be saved.
+        """
+        save, self._saving = self._saving, None
+        if save is not None:
+            raise_together(save.wait(), self.data_parallel.process_group, label="finish_saving")
+
+    @property
+    def _saves_later(self) -> bool:
+        writer = self.settings.checkpoint.writer
+        return writer is not None and writer.decoupled
 
     def _begin_saving(self, folder: Path, tag: str) -> None:
         self._check_present("save_checkpoint")
@@ -146,34 +170,41 @@ class Checkpointing(nn.Module):
         if self.data_parallel.rank == 0:
             folders.begin(folder, tag)
 
-    def _write_files(
-        self, save_dir: Path, tag: str, client_state: dict[str, Any], exclude_frozen: bool
-    ) -> tuple[list[FileEntry], Values, dict[str, Any]]:
-        """Write this rank's files; return what the manifest has to say of them."""
+    def _save_of(self, folder: Path, tag: str, latest: bool, exclude_frozen: bool) -> Save:
+        """Plan this rank's part of a save."""
+        commit = None
+        if self.data_parallel.rank == 0:
+            _, left_out = self._state_to_save(exclude_frozen)
+            parameters = describe(self.module, self.module.state_dict(keep_vars=True), left_out)
+            manifest = Manifest(self._about(tag, exclude_frozen), parameters)
+            commit = Commit(manifest, self.data_parallel.size, latest, self.settings.checkpoint.keep_last)
+        return Save(folder, tag, self.data_parallel.rank, exclude_frozen, self._group_names(), commit)
+
+    def _give_values(self, save: Save, client_state: dict[str, Any], disk: Disk) -> None:
+        """Give a save what this rank writes; what is on disk is written at once, the rest now or later."""
         rank, sharded = self.data_parallel.rank, self._stage == 3
-        folder = folders.partial_folder(save_dir, tag)
-        state, _ = self._state_to_save(exclude_frozen)
+        state, _ = self._state_to_save(save.exclude_frozen)
         weights = plan_weights(state, self._units, names_of(self.module, state), first=rank == 0)
         extra = self._main_contents(client_state, state)
-        states = OptimizerContents(self._zero)
-        files, parts = [], []
         if rank == 0 or sharded:
             structure: dict[str, Any] = {
-                "module": {**(_not_tensors(state) if rank == 0 else {}), **weights.module}
+                "module": {**(_not_tensors(state) if rank == 0 else {}), **weights.module},
+                **(extra if rank == 0 else {}),
             }
-            path = folder / folders.model_file(rank, sharded=sharded)
-            files.append(_written(path, {**structure, **(extra if rank == 0 else {})}, weights.write))
-            parts.append((weights.parts, 0))
+            later = self._saves_later and not any(unit.held.nbytes_on_disk for unit in self._units)
+            name = folders.model_file(rank, sharded=sharded)
+            weights.write(save.add_file(name, structure, weights.parts, disk, later=later))
+        states = OptimizerContents(self._zero)
         plain, types = to_plain(random_states(), "random states")
         structure = {
             "optimizer_state_dict": {"zero_stage": self._stage, **states.structure()},
             "rng": {"states": plain, "types": types},
             "ds_version": __version__,
         }
-        path = folder / folders.optimizer_file(rank, bf16=self.policy.storage is torch.bfloat16)
-        files.append(_written(path, structure, states.write))
-        parts.append((states.parts, len(files) - 1))
-        return files, values_of(parts), states.scalars
+        later = self._saves_later and not (self._zero is not None and self._zero.states.are_away)
+        name = folders.optimizer_file(rank, bf16=self.policy.storage is torch.bfloat16)
+        states.write(save.add_file(name, structure, states.parts, disk, later=later))
+        save.scalars.update(states.scalars)
 
     def _state_to_save(self, exclude_frozen: bool) -> tuple[dict[str, Any], set[str]]:
         """Return the module's state dict with the parameters themselves, and the names that are left out of it."""
@@ -217,16 +248,6 @@ class Checkpointing(nn.Module):
         groups = [] if self._zero is None else self._zero.param_groups
         return [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
-    def _gathered(self, part: Any) -> list[Any]:
-        """Return every rank's part on the first one."""
-        group = self.data_parallel
-        part = (*part, self._group_names())
-        if group.size == 1:
-            return [part]
-        parts: list[Any] | None = [None] * group.size if group.rank == 0 else None
-        dist.gather_object(part, parts, dst=group.first_rank, group=group.process_group)
-        return parts or []
-
     def _about(self, tag: str, exclude_frozen: bool) -> dict[str, Any]:
         loader = self.training_dataloader
         return {
@@ -246,22 +267,6 @@ class Checkpointing(nn.Module):
                 for rank in range(self.data_parallel.size)
             ],
         }
-
-    def _commit(
-        self, folder: Path, tag: str, about: dict[str, Any], parts: list[Any], *, latest: bool
-    ) -> None:
-        if self.data_parallel.rank != 0:
-            return
-        _, left_out = self._state_to_save(about["frozen_left_out"])
-        manifest = Manifest(about, describe(self.module, self.module.state_dict(keep_vars=True), left_out))
-        groups: list[set[str]] = [set() for _ in self._group_options()]
-        for files, values, scalars, names in parts:
-            manifest.add(files, values, scalars)
-            for mine, theirs in zip(groups, names, strict=True):
-                mine.update(theirs)
-        about["groups"] = [sorted(names) for names in groups]
-        manifest.check_complete()
-        folders.commit(folder, tag, manifest, latest=latest)
 
     # -- loading ----------------------------------------------------------------------------------
 
@@ -302,6 +307,7 @@ class Checkpointing(nn.Module):
             custom_load_fn,
         )
         folder = Path(load_dir)
+        self.finish_saving()
         tag = None if tag is None else self._agreed_tag("load_checkpoint", str(tag))
         self._together("load_checkpoint", lambda: self._check_present("load_checkpoint"))
         failed: list[str] = []
@@ -511,16 +517,6 @@ class Checkpointing(nn.Module):
         raise_together(error, self.data_parallel.process_group, label=call)
         done: Result = result
         return done
-
-
-def _written(path: Path, structure: Any, write: Callable[[RecordWriter], None]) -> FileEntry:
-    """Write a file, whose values `write` appends."""
-    writer = RecordWriter(path, structure)
-    try:
-        write(writer)
-        return writer.close()
-    finally:
-        writer.abandon()
 
 
 def _not_tensors(state: dict[str, Any]) -> dict[str, Any]:

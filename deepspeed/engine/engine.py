@@ -346,6 +346,7 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         Parameters stay where they are: whole, or at stage 3 sharded as ``zero.Init`` leaves them, to be read
         under ``zero.GatheredParameters`` or given to another engine.
         """
+        self.finish_saving()
         self._watch_hook.remove()
         owner = self._zero or self._gatherer  # the first detaches the other too
         if owner is not None:

@@ -92,6 +92,12 @@ class Disk:
         """Start to write `buffer`, a contiguous host tensor, at byte `offset` of `file`."""
         return self._start(file, offset, buffer, write=True)
 
+    def write_here(self, file: DataFile, offset: int, buffer: Tensor) -> None:
+        """Write in the calling thread: when Python is about to end, no pool takes requests any more."""
+        request = self._request(file, offset, buffer, write=True)
+        for start, end in request.pieces:
+            self._move(request, start, end)
+
     def close(self) -> None:
         """Finish what was asked for and end the threads; a second time does nothing."""
         self._closed = True
@@ -100,16 +106,20 @@ class Disk:
     def _start(self, file: DataFile, offset: int, buffer: Tensor, *, write: bool) -> Pending:
         if self._closed:
             raise UsageError("Disk: closed; it takes no more requests")
-        file.check_open()
-        array = _bytes_of(buffer)
-        pieces = deque(cut(offset, len(array), self.block_size))
-        workers = deque(range(min(self.workers, len(pieces))))
-        request = Request(file, offset, buffer, array, write, pieces, workers, buffer.data_ptr())
-        parts = [self._pool.submit(self._serve, request) for _ in range(len(workers))]
+        request = self._request(file, offset, buffer, write=write)
+        nbytes = len(request.array)
+        parts = [self._pool.submit(self._serve, request) for _ in range(len(request.workers))]
         for part in parts:
             file.requests.add(part)
             part.add_done_callback(file.requests.discard)
-        return Pending(array.nbytes, parts)
+        return Pending(nbytes, parts)
+
+    def _request(self, file: DataFile, offset: int, buffer: Tensor, *, write: bool) -> Request:
+        file.check_open()
+        array = bytes_of(buffer)
+        pieces = deque(cut(offset, len(array), self.block_size))
+        workers = deque(range(min(self.workers, len(pieces))))
+        return Request(file, offset, buffer, array, write, pieces, workers, buffer.data_ptr())
 
     def _serve(self, request: Request) -> int:
         """In a worker: move pieces until none is left; return the bytes moved."""
@@ -157,7 +167,8 @@ def cut(offset: int, nbytes: int, block_size: int) -> Iterator[Piece]:
         start, end = end, min(end + block_size, whole) if end < whole else nbytes
 
 
-def _bytes_of(buffer: Tensor) -> np.ndarray:
+def bytes_of(buffer: Tensor) -> np.ndarray:
+    """Return the bytes of a contiguous host tensor, not copied (UsageError if it is none)."""
     if buffer.device.type != "cpu" or not buffer.is_contiguous():
         raise UsageError(
             f"Disk: expected a contiguous tensor in host memory, got shape {tuple(buffer.shape)} with strides "

@@ -86,6 +86,13 @@ class DataFile:
             verb, where = "write" if write else "read", f"at {offset} of {self.path}"
             raise failure(f"{verb} {nbytes:,} bytes {where}, {done:,} done", error) from error
 
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk."""
+        try:
+            os.fsync(self._plain)
+        except OSError as error:
+            raise failure(f"write {self.path}", error) from error
+
     def close(self) -> None:
         """Wait for what is under way and close; a second time does nothing."""
         wait(list(self.requests))

@@ -37,7 +37,7 @@ from deepspeed.offload.disk import Disk, Pending
 from deepspeed.offload.files import DataFile
 from deepspeed.offload.swap import Extent, SwapFolder
 
-TRIM_EVERY = 2**25
+TRIM_EVERY = 2**27
 """Bytes that are copied to buffers, from what is in the heap, between two trims of it."""
 
 

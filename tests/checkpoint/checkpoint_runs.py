@@ -18,7 +18,16 @@ SCHEDULE = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_st
 
 
 def make_engine(
-    stage=2, precision="fp32", tier=None, *, seed=0, params=False, optimizer=None, model=None, **zero
+    stage=2,
+    precision="fp32",
+    tier=None,
+    *,
+    seed=0,
+    params=False,
+    optimizer=None,
+    model=None,
+    checkpoint=None,
+    **zero,
 ):
     """Make an engine whose weights depend on `seed`; `tier` is a folder for states on disk, and `params`."""
     if tier is not None:
@@ -26,6 +35,7 @@ def make_engine(
     if params:
         zero |= {"offload_param": {"device": "nvme", "nvme_path": tier, "max_in_cpu": 0}}
     config = {**config_for(stage, precision, 1, 0.5, **zero), "scheduler": SCHEDULE}
+    config["checkpoint"] = checkpoint or {}
     if optimizer is not None:
         del config["optimizer"]
     return deepspeed.initialize(model=make_toy(seed, **(model or {})), config=config, optimizer=optimizer)[0]

@@ -159,7 +159,7 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all_and_leaves_the_last_checkpoi
 class Killed:
     """Kill this process at its n-th call that changes the disk."""
 
-    CALLS = ("pwrite", "rename", "replace", "fsync", "mkdir", "open", "rmdir", "unlink")
+    CALLS = ("pwrite", "pwritev", "rename", "replace", "fsync", "mkdir", "open", "rmdir", "unlink")
 
     def __init__(self, after):
         self.left = after

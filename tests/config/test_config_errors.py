@@ -258,7 +258,6 @@ UNBUILT = [
     ({"optimizer": {"type": "OneBitAdam"}}, "optimizer.type: "),
     ({"flops_profiler": {"enabled": True}}, "flops_profiler.enabled: "),
     ({"checkpoint": {"checkpoint_serialization": False}}, "checkpoint.checkpoint_serialization: "),
-    ({"checkpoint": {"writer": {}}}, "checkpoint.writer: "),
     ({"nebula": {"enabled": True}}, "nebula.enabled: "),
     ({"datastates_ckpt": {}}, "datastates_ckpt: "),
     ({"datastates_ckpt": None}, "datastates_ckpt: "),

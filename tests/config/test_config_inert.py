@@ -29,7 +29,8 @@ READ = {
     """,
     "engine/engine.py": "managed_gradient_accumulation",
     "engine/checkpointing.py": """
-        checkpoint.tag_validation checkpoint.load_missing checkpoint.load_fallback
+        checkpoint.tag_validation checkpoint.load_missing checkpoint.load_fallback checkpoint.keep_last
+        checkpoint.writer.decoupled
     """,
     "engine/build.py": """
         optimizer.params scheduler.type scheduler.params gradient_clipping prescale_gradients
@@ -117,6 +118,10 @@ def test_the_tables_overlap_nowhere_and_name_only_known_keys():
 OTHER = {
     "aio.thread_count": 2,
     "allgather_size": 2,
+    "checkpoint.writer.data_parallel": "REPLICA",
+    "checkpoint.writer.io_buffer_size": 1000,
+    "checkpoint.writer.io_multiplier": 2,
+    "checkpoint.writer.type": "PYTHON",
     "eigenvalue": {"enabled": True},
     "moe": {"enabled": True},
     "pipeline.partition": "uniform",
