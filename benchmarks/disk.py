@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from results import RESULTS, header, header_lines, markdown_table, write
 
+from deepspeed.common.commands import in_words, size
 from deepspeed.offload.tools.measure import Bench, Setting
-from deepspeed.offload.tools.options import in_words, size
 from deepspeed.version import __version__
 
 GOAL = 0.9

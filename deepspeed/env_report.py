@@ -9,20 +9,20 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
-from rich.box import ROUNDED
 from rich.table import Table
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.common.tables import show
+from deepspeed.common.commands import run
+from deepspeed.common.tables import Rows, new_listing, show
 from deepspeed.config import load_config
 from deepspeed.config.report import render_config
-from deepspeed.errors import ConfigError, DeepSpeedError
+from deepspeed.errors import ConfigError
 from deepspeed.ops.adam import path_in_use
 from deepspeed.ops.adam.compiled import WORTHWHILE
 from deepspeed.version import __version__
@@ -43,28 +43,21 @@ OPTIONAL = {
 SPEAKING = ("DS_", "DEEPSPEED_", "OMP_", "MKL_", "CUDA_", "NCCL_", "GLOO_", "TORCH", "CXX", "MASTER_")
 """Beginnings of names of environment variables that change what happens."""
 
-Rows = Iterable[tuple[str, str]]
-
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the `ds_report` command; a configuration that cannot be used exits with 2 and one sentence."""
+    run("ds_report", _command, args)
+
+
+def _command(args: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
         "ds_report", description="Report on this machine, or on a configuration.", allow_abbrev=False
     )
     parser.add_argument("--config", metavar="FILE", help="show what this configuration means, value by value")
     parser.add_argument("--world", type=int, default=1, metavar="N", help="as seen by N ranks (default: 1)")
     options = parser.parse_args(args)
-    try:
-        parts = [effective(options.config, options.world)] if options.config else list(machine())
-    except DeepSpeedError as error:
-        print(f"ds_report: {error}", file=sys.stderr)
-        sys.exit(2)
-    try:
-        for part in parts:
-            show(part)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for part in [effective(options.config, options.world)] if options.config else list(machine()):
+        show(part)
 
 
 def effective(source: str, world: int) -> Table:
@@ -76,12 +69,12 @@ def effective(source: str, world: int) -> Table:
 
 def machine() -> Iterator[Table]:
     """Yield the report on this machine, table by table."""
-    yield table("Software", software())
-    yield table("Machine", hardware())
-    yield table("Compilers", compilers())
-    yield table("Optimised paths", paths())
-    yield table("Optional packages", packages())
-    yield table("Environment variables", variables(os.environ))
+    yield new_listing("Software", software())
+    yield new_listing("Machine", hardware())
+    yield new_listing("Compilers", compilers())
+    yield new_listing("Optimised paths", paths())
+    yield new_listing("Optional packages", packages())
+    yield new_listing("Environment variables", variables(os.environ))
 
 
 def software() -> Rows:
@@ -189,19 +182,6 @@ def _version(package: str) -> str:
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
-
-
-def table(title: str, rows: Rows) -> Table:
-    """Return rows as a table: framed on a terminal, plain text elsewhere."""
-    framed = sys.stdout.isatty()
-    made = Table(
-        title=title, title_justify="left", show_header=False, box=ROUNDED if framed else None, pad_edge=framed
-    )
-    made.add_column(style="bold", no_wrap=True)
-    made.add_column(overflow="fold")
-    for name, value in rows:
-        made.add_row(name, value)
-    return made
 
 
 if __name__ == "__main__":

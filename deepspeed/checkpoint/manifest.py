@@ -24,6 +24,9 @@ VERSION = 1
 WEIGHT, MASTER, STATE = "weight", "master", "state/"
 """Kinds of values: stored weights and buffers, the copies that are updated, and the optimizer's states by key."""
 
+COUNTERS = ("global_steps", "micro_steps", "global_samples", "skipped_steps")
+"""What a run counts."""
+
 
 class Place(NamedTuple):
     """A range of a flattened value: elements `start` to `start + numel` are a record of a file."""

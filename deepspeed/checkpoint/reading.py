@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.checkpoint.manifest import Manifest, Value
-from deepspeed.checkpoint.records import RecordReader
+from deepspeed.checkpoint.records import Progress, RecordReader, unseen
 from deepspeed.errors import CheckpointError
 
 
@@ -20,6 +20,9 @@ class CheckpointReader:
     Args:
         folder: of the checkpoint.
 
+    Attributes:
+        progress: is told of bytes that were read; for files that are opened from then on.
+
     Raises:
         CheckpointError: a file is missing or has another size, or the manifest is damaged.
     """
@@ -27,6 +30,7 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
+        self.progress: Progress = unseen
         self._open: dict[int, RecordReader] = {}
         for entry in self.manifest.files:
             path = folder / entry.name
@@ -81,7 +85,7 @@ class CheckpointReader:
     def _reader(self, index: int) -> RecordReader:
         if index not in self._open:
             entry = self.manifest.files[index]
-            reader = RecordReader(self.folder / entry.name, entry)
+            reader = RecordReader(self.folder / entry.name, entry, self.progress)
             self._open[index] = reader
             reader.check_frame()
         return self._open[index]

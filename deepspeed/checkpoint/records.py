@@ -19,6 +19,7 @@ import struct
 import zipfile
 import zlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from torch.serialization import skip_data
 from deepspeed.errors import CheckpointError, OffloadError
 from deepspeed.offload.disk import Disk, bytes_of
 from deepspeed.offload.files import DataFile
+
+Progress = Callable[[int], object]
+"""Is told of bytes that were written or read."""
 
 BLOCK = 2**22
 """Bytes under one checksum: what is read at least of a record of that size."""
@@ -84,6 +88,10 @@ class FileEntry:
         return cls(data["name"], data["size"], data["frame"], [Record(*one) for one in data["records"]])
 
 
+def unseen(_nbytes: int) -> None:
+    """Progress that nobody watches."""
+
+
 class RecordWriter:
     """Write one file.
 
@@ -92,10 +100,19 @@ class RecordWriter:
         structure: plain containers that hold rooms and tensors. The same room or tensor may be there twice.
         disk: does the writing.
         later: copy values in memory, and write them in `close`, which another thread may call.
+        progress: is told of every write.
     """
 
-    def __init__(self, path: Path, structure: Any, disk: Disk, *, later: bool = False) -> None:
-        self._path, self._disk, self._later = path, disk, later
+    def __init__(
+        self,
+        path: Path,
+        structure: Any,
+        disk: Disk,
+        *,
+        later: bool = False,
+        progress: Progress = unseen,
+    ) -> None:
+        self._path, self._disk, self._later, self._progress = path, disk, later, progress
         self._waiting: deque[tuple[Room, Tensor]] = deque()
         self._rooms: list[Room] = []
         self._given: list[tuple[Room, Tensor]] = []
@@ -169,6 +186,7 @@ class RecordWriter:
                 pending.wait()
         except OffloadError as error:
             raise CheckpointError(str(error)) from None
+        self._progress(data.nbytes)
 
     def close(self) -> FileEntry:
         """Put everything on the disk; return what the manifest has to say of the file."""
@@ -193,10 +211,10 @@ class RecordWriter:
 
 
 class RecordReader:
-    """Read ranges of one file's records, and check what is read."""
+    """Read ranges of one file's records, and check what is read; `progress` is told of every read."""
 
-    def __init__(self, path: Path, entry: FileEntry) -> None:
-        self.path, self._entry = path, entry
+    def __init__(self, path: Path, entry: FileEntry, progress: Progress = unseen) -> None:
+        self.path, self._entry, self._progress = path, entry, progress
         try:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -217,8 +235,12 @@ class RecordReader:
     def check(self, index: int) -> None:
         """Check what was not read yet of a record."""
         for block in range(len(self._entry.records[index].checksums)):
-            if (index, block) not in self._checked:
-                self._block(index, block)
+            self.check_block(index, block)
+
+    def check_block(self, index: int, block: int) -> None:
+        """Check a block of a record, unless it was read before."""
+        if (index, block) not in self._checked:
+            self._block(index, block)
 
     def read(self, index: int, dtype: torch.dtype, start: int, out: Tensor) -> None:
         """Fill `out` (flat, any dtype and device) with elements of a record of `dtype`, from `start` on."""
@@ -251,6 +273,7 @@ class RecordReader:
                 f"{self.path}: damaged: bytes {where} to {where + nbytes} are not those that were written"
             )
         self._checked.add((index, block))
+        self._progress(nbytes)
         return data
 
     def close(self) -> None:

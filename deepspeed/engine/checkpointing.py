@@ -21,7 +21,7 @@ from torch import nn
 
 from deepspeed.checkpoint import folders
 from deepspeed.checkpoint.contents import OptimizerContents, describe, names_of, plan_weights
-from deepspeed.checkpoint.manifest import Manifest
+from deepspeed.checkpoint.manifest import COUNTERS, Manifest
 from deepspeed.checkpoint.plain import from_plain, to_plain
 from deepspeed.checkpoint.reading import CheckpointReader
 from deepspeed.checkpoint.restoring import Restorer
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-COUNTERS = ("global_steps", "micro_steps", "global_samples", "skipped_steps")
 OWN_KEYS = {
     *("module", "buffer_names", "optimizer", "param_shapes", "shared_params", "lr_scheduler", "data_sampler"),
     *("sparse_tensor_module_names", "frozen_param_shapes", "frozen_param_fragments", "random_ltd", "engine"),

@@ -9,14 +9,15 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from deepspeed.offload.tools import options, tables
+from deepspeed.common import commands
+from deepspeed.offload.tools import tables
 from deepspeed.offload.tools.measure import Bench
 from deepspeed.offload.tools.sweep import Grid, Result, measure
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command."""
-    options.run("ds_io", _command, args)
+    commands.run("ds_io", _command, args)
 
 
 def _command(args: Sequence[str] | None) -> None:
@@ -36,7 +37,7 @@ def _command(args: Sequence[str] | None) -> None:
         print(json.dumps([as_record(result, direct) for result in results], indent=1))
         return
     way = "past the page cache" if direct else "through the page cache: its file system has no direct I/O"
-    tables.show(results, f"{asked.folder}, {options.in_words(asked.io_size)}, {way}")
+    tables.show(results, f"{asked.folder}, {commands.in_words(asked.io_size)}, {way}")
     if asked.validate:
         print("what was read is what was written")
 
@@ -59,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--folder", required=True, metavar="DIR", help="a folder on the disk to measure")
     made.add_argument(
         "--block_size",
-        type=options.size,
+        type=commands.size,
         nargs="+",
         default=[2**20],
         metavar="SIZE",
@@ -67,21 +68,21 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--queue_depth",
-        type=options.count,
+        type=commands.count,
         nargs="+",
         default=[8],
         metavar="N",
         help="pieces in flight a thread (default: 8)",
     )
     made.add_argument(
-        "--io_parallel", type=options.count, nargs="+", default=[1], metavar="N", help="threads (default: 1)"
+        "--io_parallel", type=commands.count, nargs="+", default=[1], metavar="N", help="threads (default: 1)"
     )
     which = made.add_mutually_exclusive_group()
     which.add_argument("--read", dest="only", action="store_const", const="read", help="reading only")
     which.add_argument("--write", dest="only", action="store_const", const="write", help="writing only")
     made.add_argument(
         "--warmup_loops",
-        type=options.count_or_none,
+        type=commands.count_or_none,
         default=1,
         metavar="N",
         help="times it is moved before that (default: 1)",
@@ -94,11 +95,11 @@ def parser() -> argparse.ArgumentParser:
 def add_common(made: argparse.ArgumentParser) -> None:
     """Add what both commands take."""
     made.add_argument(
-        "--io_size", type=options.size, default=2**29, metavar="SIZE", help="bytes to move (default: 512M)"
+        "--io_size", type=commands.size, default=2**29, metavar="SIZE", help="bytes to move (default: 512M)"
     )
     made.add_argument(
         "--loops",
-        type=options.count,
+        type=commands.count,
         default=3,
         metavar="N",
         help="times to move them; the median counts (default: 3)",

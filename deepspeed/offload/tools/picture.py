@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deepspeed.offload.tools.options import in_words
+from deepspeed.common.commands import in_words
 from deepspeed.offload.tools.sweep import Result
 
 

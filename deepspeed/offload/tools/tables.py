@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 
-from rich.box import ROUNDED
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from deepspeed.common import tables
-from deepspeed.offload.tools.options import in_words
+from deepspeed.common.commands import in_words
 from deepspeed.offload.tools.sweep import Result
 
 BAR = 24
@@ -26,8 +23,7 @@ def gathered(results: Iterable[Result], total: int, what: str) -> list[Result]:
 
 def show(results: Sequence[Result], title: str, best: Result | None = None) -> None:
     """Print one line a setting; with `best`, a picture in characters too, and that line in bold."""
-    framed = sys.stdout.isatty()
-    table = Table(title=title, title_justify="left", box=ROUNDED if framed else None, pad_edge=framed)
+    table = tables.new_table(title)
     for name in ("block", "depth", "threads", "write GB/s", "read GB/s"):
         table.add_column(name, justify="right")
     if best is not None:

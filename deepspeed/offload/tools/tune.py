@@ -13,8 +13,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from deepspeed.common import commands
 from deepspeed.errors import ConfigError, did_you_mean
-from deepspeed.offload.tools import options, tables
+from deepspeed.offload.tools import tables
 from deepspeed.offload.tools.io import add_common
 from deepspeed.offload.tools.measure import Bench
 from deepspeed.offload.tools.picture import draw
@@ -26,7 +27,7 @@ KEYS = [field.name for field in fields(Grid)]
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command."""
-    options.run("ds_nvme_tune", _command, args)
+    commands.run("ds_nvme_tune", _command, args)
 
 
 def _command(args: Sequence[str] | None) -> None:
@@ -44,7 +45,7 @@ def _command(args: Sequence[str] | None) -> None:
     finally:
         bench.close()
     chosen = best(results)
-    title = f"{asked.nvme_dir}, {options.in_words(asked.io_size)}"
+    title = f"{asked.nvme_dir}, {commands.in_words(asked.io_size)}"
     tables.show(results, title, chosen)
     text = json.dumps({"aio": chosen.setting.aio()}, indent=2)
     asked.output.write_text(text + "\n")
@@ -73,7 +74,7 @@ def read_grid(path: Path) -> Grid:
 
 
 def _values(name: str, given: Any) -> list[int]:
-    read = options.size if name == "block_size" else options.count
+    read = commands.size if name == "block_size" else commands.count
     try:
         values = [read(str(value)) for value in (given if isinstance(given, (list, tuple)) else [given])]
     except argparse.ArgumentTypeError as error:

@@ -5,11 +5,11 @@ import os
 
 import pytest
 
+from deepspeed.common.commands import in_words, size
 from deepspeed.config import load_config
 from deepspeed.errors import OffloadError
 from deepspeed.offload.tools import io, tune
 from deepspeed.offload.tools.measure import Bench, Setting
-from deepspeed.offload.tools.options import in_words, size
 from deepspeed.offload.tools.sweep import Grid, Result, best, measure
 
 SMALL = ["--io_size", "100K", "--loops", "1"]

@@ -1,8 +1,9 @@
-"""What the commands about disks have in common: reading sizes, ending with one sentence."""
+"""What commands have in common: reading sizes, ending with one sentence."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -52,12 +53,21 @@ def in_words(nbytes: float) -> str:
     return f"{nbytes:.0f}"
 
 
-def run(name: str, command: Callable[[Sequence[str] | None], None], args: Sequence[str] | None) -> None:
-    """Run a command; what it cannot do ends it with 2 and one sentence, an interrupt with 130."""
+def run(name: str, command: Callable[[Sequence[str] | None], int | None], args: Sequence[str] | None) -> None:
+    """Run a command and end with the code that it returns, if that is one.
+
+    What it cannot do ends it with 2 and one sentence, an interrupt with 130.
+    """
     try:
-        command(args)
+        code = command(args)
+        sys.stdout.flush()
     except DeepSpeedError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = None
+    if code:
+        sys.exit(code)
