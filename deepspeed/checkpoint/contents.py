@@ -242,6 +242,11 @@ class OptimizerContents:
             writer.append(named[leaf.unit.names[piece.index]].room, flat[low : low + piece.numel])
 
 
+def nbytes_of(parts: Parts) -> int:
+    """Return the bytes of the values in parts."""
+    return sum(part.room.nbytes for named in parts.values() for part in named.values())
+
+
 def values_of(parts: Iterable[tuple[Parts, int]]) -> Values:
     """Describe parts in files for the manifest: parts with the index of their file."""
     values: Values = {}

@@ -26,6 +26,7 @@ from deepspeed.checkpoint.contents import Parts, values_of
 from deepspeed.checkpoint.manifest import Manifest, values_from_json, values_to_json
 from deepspeed.checkpoint.records import FileEntry, RecordWriter
 from deepspeed.common.logging import logger
+from deepspeed.common.progress import ByteBar
 from deepspeed.errors import CheckpointError, DeepSpeedError
 from deepspeed.offload.disk import Disk
 
@@ -62,6 +63,7 @@ class Save:
         exclude_frozen: whether weights that are not trained are left out.
         groups: names of the parameters in each param group that this rank has a part of.
         commit: on the first rank.
+        bar: shows what this rank has written.
         scalars: states that are numbers.
     """
 
@@ -70,6 +72,7 @@ class Save:
     rank: int
     exclude_frozen: bool
     groups: list[list[str]]
+    bar: ByteBar
     commit: Commit | None = None
     scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
     _files: list[RecordWriter] = field(default_factory=list, repr=False)
@@ -88,7 +91,7 @@ class Save:
             later: copy the values, and write them when the save is written.
         """
         path = folders.partial_folder(self.folder, self.tag) / name
-        writer = RecordWriter(path, structure, disk, later=later)
+        writer = RecordWriter(path, structure, disk, later=later, progress=self.bar.advance)
         self._parts.append((parts, len(self._files)))
         self._files.append(writer)
         return writer

@@ -21,7 +21,7 @@ class ByteBar:
 
     Args:
         what: is done with them, such as "saving global_step40".
-        total: how many there are, as far as is known.
+        total: how many there are, as far as is known; see `expect`.
         shown: False: never, as on all ranks but the first.
         patience: seconds without a bar.
         console: other than stderr.
@@ -31,7 +31,7 @@ class ByteBar:
     def __init__(
         self,
         what: str,
-        total: int,
+        total: int = 0,
         *,
         shown: bool = True,
         patience: float = PATIENCE,
@@ -44,6 +44,10 @@ class ByteBar:
         self._due = clock() + patience
         self._possible = shown and (sys.stderr.isatty() if console is None else console.is_terminal)
         self._bar: Progress | None = None
+
+    def expect(self, nbytes: int) -> None:
+        """Know of more bytes that are to come."""
+        self._total += nbytes
 
     def advance(self, nbytes: int) -> None:
         """Count more bytes."""

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from deepspeed.checkpoint import folders
-from deepspeed.checkpoint.contents import OptimizerContents, describe, names_of, plan_weights
+from deepspeed.checkpoint.contents import OptimizerContents, describe, names_of, nbytes_of, plan_weights
 from deepspeed.checkpoint.manifest import COUNTERS, Manifest
 from deepspeed.checkpoint.plain import from_plain, to_plain
 from deepspeed.checkpoint.reading import CheckpointReader
@@ -28,6 +28,7 @@ from deepspeed.checkpoint.restoring import Restorer
 from deepspeed.checkpoint.saving import Commit, Save
 from deepspeed.comm.agreement import raise_together
 from deepspeed.common.logging import announce, logger, warn_once
+from deepspeed.common.progress import ByteBar
 from deepspeed.engine.randomness import random_states, set_random_states
 from deepspeed.errors import CheckpointError, DeepSpeedError, UsageError
 from deepspeed.offload.disk import Disk
@@ -118,8 +119,9 @@ class Checkpointing(nn.Module):
             "save_checkpoint", f"global_step{self.global_steps}" if tag is None else str(tag)
         )
         self._together("save_checkpoint", lambda: self._begin_saving(folder, tag))
+        bar = ByteBar(f"saving {folder / tag}", shown=self.data_parallel.rank == 0 and not self._saves_later)
         save = self._together(
-            "save_checkpoint", lambda: self._save_of(folder, tag, save_latest, exclude_frozen_parameters)
+            "save_checkpoint", lambda: self._save_of(folder, tag, save_latest, exclude_frozen_parameters, bar)
         )
         disk = Disk()
 
@@ -128,13 +130,14 @@ class Checkpointing(nn.Module):
             logger.info("saved %s in %.1f s", folder / tag, time.perf_counter() - begun)
 
         try:
-            self._together("save_checkpoint", lambda: self._give_values(save, client_state or {}, disk))
-            if self._saves_later:
-                self._saving = save
-                save.start(finished)
-                return True
-            self._together("save_checkpoint", save.write)
-            self._together("save_checkpoint", save.finish)
+            with bar:
+                self._together("save_checkpoint", lambda: self._give_values(save, client_state or {}, disk))
+                if self._saves_later:
+                    self._saving = save
+                    save.start(finished)
+                    return True
+                self._together("save_checkpoint", save.write)
+                self._together("save_checkpoint", save.finish)
         except DeepSpeedError:
             save.abandon()
             raise
@@ -169,7 +172,7 @@ class Checkpointing(nn.Module):
         if self.data_parallel.rank == 0:
             folders.begin(folder, tag)
 
-    def _save_of(self, folder: Path, tag: str, latest: bool, exclude_frozen: bool) -> Save:
+    def _save_of(self, folder: Path, tag: str, latest: bool, exclude_frozen: bool, bar: ByteBar) -> Save:
         """Plan this rank's part of a save."""
         commit = None
         if self.data_parallel.rank == 0:
@@ -177,13 +180,15 @@ class Checkpointing(nn.Module):
             parameters = describe(self.module, self.module.state_dict(keep_vars=True), left_out)
             manifest = Manifest(self._about(tag, exclude_frozen), parameters)
             commit = Commit(manifest, self.data_parallel.size, latest, self.settings.checkpoint.keep_last)
-        return Save(folder, tag, self.data_parallel.rank, exclude_frozen, self._group_names(), commit)
+        return Save(folder, tag, self.data_parallel.rank, exclude_frozen, self._group_names(), bar, commit)
 
     def _give_values(self, save: Save, client_state: dict[str, Any], disk: Disk) -> None:
         """Give a save what this rank writes; what is on disk is written at once, the rest now or later."""
         rank, sharded = self.data_parallel.rank, self._stage == 3
         state, _ = self._state_to_save(save.exclude_frozen)
         weights = plan_weights(state, self._units, names_of(self.module, state), first=rank == 0)
+        states = OptimizerContents(self._zero)
+        save.bar.expect(nbytes_of(weights.parts) + nbytes_of(states.parts))
         extra = self._main_contents(client_state, state)
         if rank == 0 or sharded:
             structure: dict[str, Any] = {
@@ -193,7 +198,6 @@ class Checkpointing(nn.Module):
             later = self._saves_later and not any(unit.held.nbytes_on_disk for unit in self._units)
             name = folders.model_file(rank, sharded=sharded)
             weights.write(save.add_file(name, structure, weights.parts, disk, later=later))
-        states = OptimizerContents(self._zero)
         plain, types = to_plain(random_states(), "random states")
         structure = {
             "optimizer_state_dict": {"zero_stage": self._stage, **states.structure()},
@@ -330,15 +334,25 @@ class Checkpointing(nn.Module):
     def _load_one(self, found: Path, wanted: Wanted) -> tuple[str, dict[str, Any]]:
         begun = time.perf_counter()
         reader = self._together("load_checkpoint", lambda: CheckpointReader(found))
+        bar = ByteBar(f"loading {found}", self._share_of(reader), shown=self.data_parallel.rank == 0)
+        reader.progress = bar.advance
         try:
-            restorer = self._together("load_checkpoint", lambda: self._fitting(reader, wanted))
-            main = self._together("load_checkpoint", lambda: reader.structure(reader.manifest.about["main"]))
-            self._restore(restorer, reader, main, wanted)
+            with bar:
+                restorer = self._together("load_checkpoint", lambda: self._fitting(reader, wanted))
+                main = self._together(
+                    "load_checkpoint", lambda: reader.structure(reader.manifest.about["main"])
+                )
+                self._restore(restorer, reader, main, wanted)
         finally:
             reader.close()
         logger.info("loaded %s in %.1f s", found, time.perf_counter() - begun)
         own = main["engine"]
         return str(found), from_plain({key: main[key] for key in own["client_keys"]}, own["client_types"])
+
+    def _share_of(self, reader: CheckpointReader) -> int:
+        """Return about how many bytes this rank will read."""
+        shards = max((unit.sharding.shard_group.size for unit in self._units), default=1)
+        return sum(entry.size for entry in reader.manifest.files) // shards
 
     def _located(self, load_dir: Path, tag: str | None) -> Path | None:
         """Return the folder that the first rank finds."""
