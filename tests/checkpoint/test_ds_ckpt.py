@@ -14,9 +14,14 @@ import torch.distributed as dist
 from checkpoint_runs import make_engine, train
 from harness import run_on_ranks
 
+from deepspeed.checkpoint.manifest import Manifest
+from deepspeed.checkpoint.records import BLOCK, RecordWriter
+from deepspeed.checkpoint.tools import contents
 from deepspeed.checkpoint.tools import main as ds_ckpt
 from deepspeed.checkpoint.tools.listing import in_words
 from deepspeed.checkpoint.tools.showing import stats_of
+from deepspeed.checkpoint.tools.verifying import verified
+from deepspeed.offload.disk import Disk
 
 CLIENT = {"epoch": 3, "best": 0.5}
 
@@ -113,11 +118,13 @@ def test_list_is_a_line_for_each_checkpoint_newest_first(two, call):
 def test_list_tells_damaged_partial_and_replaced_ones(two, call):
     weights_file(two / "global_step2", 1).unlink()
     shutil.copytree(two / "global_step3", two / ".global_step4.partial")
+    shutil.copytree(two / "global_step3", two / ".global_step1.removed")
     os.rename(two / "global_step3", two / ".global_step3.old")
     (two / "latest").write_text("gone")
     _, found = call("list", two, "--json")
     states = {(one["tag"], one["folder"].rpartition("/")[2]): one["state"] for one in found}
     assert states == {
+        ("global_step1", ".global_step1.removed"): "partial",
         ("global_step2", "global_step2"): "damaged",
         ("global_step3", ".global_step3.old"): "whole",
         ("global_step4", ".global_step4.partial"): "partial",
@@ -219,6 +226,18 @@ def test_verify_finds_all_damages_and_only_a_way_back_that_was_read(two, call):
     assert "newest whole checkpoint: none" in said
 
 
+def test_damages_that_follow_each_other_are_one(tmp_path):
+    disk = Disk()
+    entry = RecordWriter(tmp_path / "file", {"x": torch.zeros(4 * BLOCK, dtype=torch.uint8)}, disk).close()
+    disk.close()
+    Manifest({}, files=[entry]).write(tmp_path)
+    start = entry.records[0].offset
+    for block in (0, 2, 3):
+        flip(tmp_path / "file", start + block * BLOCK + 7)
+    places = [(damage.start, damage.stop) for damage in verified(tmp_path).damages]
+    assert places == [(start, start + BLOCK), (start + 2 * BLOCK, start + 4 * BLOCK)]
+
+
 # -- show -----------------------------------------------------------------------------------------
 
 
@@ -262,7 +281,9 @@ def test_show_tells_of_every_tensor(made, call):
     assert "blocks" not in said
 
 
-def test_show_s_statistics_are_those_of_torch(made, call):
+@pytest.mark.parametrize("chunk", [5, 2**22])
+def test_show_s_statistics_are_those_of_torch(made, call, monkeypatch, chunk):
+    monkeypatch.setattr(contents, "CHUNK", chunk)
     truth = torch.load(made / "two" / "truth.pt")
     _, record = call("show", made / "two", "blocks.*", "--stats", "--json")
     assert {one["name"].split(".")[0] for one in record["tensors"]} == {"blocks"}
@@ -326,7 +347,9 @@ def weights(folder):
     return torch.load(folder / "global_step3" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
 
 
-def test_diff_measures_differences_across_precisions(made, call):
+@pytest.mark.parametrize("chunk", [5, 2**22])
+def test_diff_measures_differences_across_precisions(made, call, monkeypatch, chunk):
+    monkeypatch.setattr(contents, "CHUNK", chunk)
     code, record = call("diff", made / "one", made / "fp32", "--json")
     assert code == 1
     mine, theirs = weights(made / "one"), weights(made / "fp32")

@@ -16,6 +16,8 @@ from deepspeed.checkpoint.reading import CheckpointReader
 from deepspeed.errors import CheckpointError, UsageError, did_you_mean
 
 WHOLE, DAMAGED, PARTIAL = "whole", "damaged", "partial"
+TEMPORARY = (".partial", ".old", ".removed")
+"""Endings of hidden folders; see note [A checkpoint is there or not]."""
 
 
 @dataclass
@@ -104,7 +106,7 @@ def dtype_of(manifest: Manifest) -> str:
 def tag_of(folder: Path) -> str:
     """Return the tag of a checkpoint from the name of its folder, also of a temporary one."""
     name = folder.resolve().name
-    for ending in (".partial", ".old"):
+    for ending in TEMPORARY:
         if name.startswith(".") and name.endswith(ending):
             return name[1 : -len(ending)] or "."
     return name
@@ -132,9 +134,12 @@ def _candidates(path: Path) -> Iterator[Path]:
     if is_checkpoint(path):
         yield path
     for folder in _subfolders(path):
-        temporary = folder.name.startswith(".") and folder.name.endswith((".partial", ".old"))
-        if temporary or is_checkpoint(folder):
+        if _is_temporary(folder) or is_checkpoint(folder):
             yield folder
+
+
+def _is_temporary(folder: Path) -> bool:
+    return folder.name.startswith(".") and folder.name.endswith(TEMPORARY)
 
 
 def _subfolders(path: Path) -> list[Path]:
@@ -150,7 +155,7 @@ def _examined(folder: Path, path: Path, named: str | None) -> Found:
         CheckpointReader(folder).close()
     except CheckpointError as error:
         state, problem = DAMAGED, str(error)
-    if folder.name.startswith(".") and folder != path:
+    if _is_temporary(folder) and folder != path:
         used = folders.find(path, tag) == folder
         state = state if used else PARTIAL
         problem = "" if used else f"{folder}: left by a save that was killed, or of one that is under way"
