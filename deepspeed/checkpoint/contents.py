@@ -109,6 +109,8 @@ def describe(module: nn.Module, state: dict[str, Any], left_out: set[str]) -> di
         }
         if left_out.intersection(names):
             found[name]["left_out"] = True
+        if not isinstance(tensor, nn.Parameter):
+            found[name]["buffer"] = True
     return found
 
 

@@ -63,7 +63,7 @@ class Manifest:
 
     Attributes:
         about: counters and settings of the run (plain data).
-        parameters: by name: ``aliases`` (further names of the same tensor), ``trained``, ``left_out``.
+        parameters: by name: ``aliases`` (further names of the same tensor), ``trained``, ``left_out``, ``buffer``.
         values: where the ranges of every value lie.
         scalars: by parameter, the optimizer's states that are numbers: key -> [dtype or None, value].
         files: all files but this one.

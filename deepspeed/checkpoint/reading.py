@@ -19,6 +19,7 @@ class CheckpointReader:
 
     Args:
         folder: of the checkpoint.
+        manifest: where it is not in the folder yet.
 
     Attributes:
         progress: is told of bytes that were read; for files that are opened from then on.
@@ -27,9 +28,9 @@ class CheckpointReader:
         CheckpointError: a file is missing or has another size, or the manifest is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
         self.folder = folder
-        self.manifest = Manifest.read(folder)
+        self.manifest = Manifest.read(folder) if manifest is None else manifest
         self.progress: Progress = unseen
         self._open: dict[int, RecordReader] = {}
         for entry in self.manifest.files:

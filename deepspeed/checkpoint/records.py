@@ -92,69 +92,37 @@ def unseen(_nbytes: int) -> None:
     """Progress that nobody watches."""
 
 
-class RecordWriter:
-    """Write one file.
+class FileWriter:
+    """Fill the rooms of a file that has been begun.
 
     Args:
-        path: of the file; what is there is replaced.
-        structure: plain containers that hold rooms and tensors. The same room or tensor may be there twice.
+        path: of the file.
+        rooms: in the order of their records.
+        places: offset and size of each record.
         disk: does the writing.
         later: copy values in memory, and write them in `close`, which another thread may call.
+        here: write in the calling thread, which may outlive the disk's.
         progress: is told of every write.
     """
 
     def __init__(
         self,
         path: Path,
-        structure: Any,
+        rooms: list[Room],
+        places: list[tuple[int, int]],
         disk: Disk,
         *,
         later: bool = False,
+        here: bool = False,
         progress: Progress = unseen,
     ) -> None:
-        self._path, self._disk, self._later, self._progress = path, disk, later, progress
+        self._path, self._disk, self._progress = path, disk, progress
+        self._later, self._here = later, here or later
         self._waiting: deque[tuple[Room, Tensor]] = deque()
-        self._rooms: list[Room] = []
-        self._given: list[tuple[Room, Tensor]] = []
-        self._known: dict[int, tuple[Any, Tensor]] = {}
-        with skip_data():
-            torch.save(self._skeleton(structure), path)
-        self._known.clear()
-        places = _places(path)
-        if [nbytes for _, nbytes in places] != [room.nbytes for room in self._rooms]:
-            raise CheckpointError(f"{path}: torch.save wrote other records than expected of this structure")
+        self._rooms = rooms
         self._records = [Record(*place) for place in places]
         self._filled = [0] * len(places)
         self._file = self._opened()
-        for room, tensor in self._given:
-            self.append(room, tensor)
-        self._given.clear()
-
-    def _skeleton(self, item: Any) -> Any:
-        """Replace rooms and tensors by tensors that have no values."""
-        if isinstance(item, (Room, Tensor)):
-            if id(item) not in self._known:
-                self._known[id(item)] = (
-                    item,
-                    self._place_for(item),
-                )  # with the item, so that its id stays taken
-            return self._known[id(item)][1]
-        if isinstance(item, dict):
-            return type(item)((key, self._skeleton(value)) for key, value in item.items())
-        if type(item) in (list, tuple):
-            return type(item)(self._skeleton(value) for value in item)
-        return item
-
-    def _place_for(self, item: Room | Tensor) -> Tensor:
-        room = item if isinstance(item, Room) else Room(tuple(item.shape), item.dtype)
-        room.index = len(self._rooms)
-        self._rooms.append(room)
-        if isinstance(item, Tensor):
-            self._given.append((room, item))
-        # a bare storage: torch.empty may be told to fill what it returns
-        storage = torch.UntypedStorage(room.nbytes)
-        strides = torch.empty(room.shape, device="meta").stride()
-        return torch.empty(0, dtype=room.dtype).set_(storage, 0, room.shape, strides)
 
     def _opened(self) -> DataFile:
         """Open the file and take all its space on the disk."""
@@ -177,7 +145,7 @@ class RecordWriter:
         record, start = self._records[room.index], self._filled[room.index]
         self._filled[room.index] = start + data.nbytes
         try:
-            if self._later:
+            if self._here:
                 self._disk.write_here(self._file, record.offset + start, data)
                 _add_checksums(record, start, bytes_of(data).data)
             else:
@@ -208,6 +176,66 @@ class RecordWriter:
         """Close the file as it is."""
         self._file.close()
         self._waiting.clear()
+
+
+class RecordWriter(FileWriter):
+    """Write one torch zip file.
+
+    Args:
+        path: of the file; what is there is replaced.
+        structure: plain containers that hold rooms and tensors. The same room or tensor may be there twice.
+        disk: see `FileWriter`, as `later`, `here` and `progress`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        structure: Any,
+        disk: Disk,
+        *,
+        later: bool = False,
+        here: bool = False,
+        progress: Progress = unseen,
+    ) -> None:
+        self._rooms: list[Room] = []
+        self._given: list[tuple[Room, Tensor]] = []
+        self._known: dict[int, tuple[Any, Tensor]] = {}
+        with skip_data():
+            torch.save(self._skeleton(structure), path)
+        self._known.clear()
+        places = _places(path)
+        if [nbytes for _, nbytes in places] != [room.nbytes for room in self._rooms]:
+            raise CheckpointError(f"{path}: torch.save wrote other records than expected of this structure")
+        super().__init__(path, self._rooms, places, disk, later=later, here=here, progress=progress)
+        for room, tensor in self._given:
+            self.append(room, tensor)
+        self._given.clear()
+
+    def _skeleton(self, item: Any) -> Any:
+        """Replace rooms and tensors by tensors that have no values."""
+        if isinstance(item, (Room, Tensor)):
+            if id(item) not in self._known:
+                self._known[id(item)] = (
+                    item,
+                    self._place_for(item),
+                )  # with the item, so that its id stays taken
+            return self._known[id(item)][1]
+        if isinstance(item, dict):
+            return type(item)((key, self._skeleton(value)) for key, value in item.items())
+        if type(item) in (list, tuple):
+            return type(item)(self._skeleton(value) for value in item)
+        return item
+
+    def _place_for(self, item: Room | Tensor) -> Tensor:
+        room = item if isinstance(item, Room) else Room(tuple(item.shape), item.dtype)
+        room.index = len(self._rooms)
+        self._rooms.append(room)
+        if isinstance(item, Tensor):
+            self._given.append((room, item))
+        # a bare storage: torch.empty may be told to fill what it returns
+        storage = torch.UntypedStorage(room.nbytes)
+        strides = torch.empty(room.shape, device="meta").stride()
+        return torch.empty(0, dtype=room.dtype).set_(storage, 0, room.shape, strides)
 
 
 class RecordReader:

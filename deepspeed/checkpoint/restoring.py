@@ -108,14 +108,17 @@ class Restorer:
 
     def _find(self, unit: Unit, index: int, kinds: Iterable[str]) -> Value | None:
         """Return the first of some kinds of values that the checkpoint has of a parameter."""
-        name = self.fit.names.get(unit.names[index])
-        found = (self._values.get(kind, {}).get(name or "") for kind in kinds)
-        return next((value for value in found if value is not None), None)
+        found = self._find_all(unit.names[index], kinds)
+        return found[0] if found else None
 
-    def _best(self, unit: Unit, index: int, dtype: torch.dtype) -> Value | None:
-        """Return the saved weight of a parameter that is nearest to `dtype`: that dtype, else the finest."""
-        found = [self._find(unit, index, [kind]) for kind in (MASTER, WEIGHT)]
-        values = [value for value in found if value is not None]
+    def _find_all(self, name: str, kinds: Iterable[str]) -> list[Value]:
+        """Return those of some kinds of values that the checkpoint has of a tensor of the model."""
+        saved = self.fit.names.get(name, "")
+        return [self._values[kind][saved] for kind in kinds if saved in self._values.get(kind, {})]
+
+    def _best(self, name: str, dtype: torch.dtype) -> Value | None:
+        """Return the saved weight of a tensor that is nearest to `dtype`: that dtype, else the finest."""
+        values = self._find_all(name, (MASTER, WEIGHT))
         same = (value for value in values if value.torch_dtype == dtype)
         return next(same, values[0] if values else None)
 
@@ -149,7 +152,7 @@ class Restorer:
                 self._read_pieces(
                     leaf,
                     leaf.tensor,
-                    {p.index: self._best(unit, p.index, leaf.tensor.dtype) for p in leaf.pieces},
+                    {p.index: self._best(unit.names[p.index], leaf.tensor.dtype) for p in leaf.pieces},
                 )
                 if states:
                     self._restore_states(leaf, optimizer)
@@ -160,7 +163,7 @@ class Restorer:
     def _restore_stored(self, unit: Unit) -> None:
         """Fill what this rank keeps of a unit that nobody updates."""
         dtype = unit.dtypes.storage
-        values = [self._best(unit, index, dtype) for index in range(len(unit.params))]
+        values = [self._best(name, dtype) for name in unit.names]
         if not unit.sharding.releases:
             for view, value in zip(unit.views(unit.flat), values, strict=True):
                 self._read(value, 0, view.reshape(-1))
@@ -175,11 +178,12 @@ class Restorer:
     def _restore_rest(self) -> None:
         """Fill buffers, and parameters that are in no unit."""
         theirs = {id(one) for one in (*self._module.parameters(), *self._module.buffers())}
-        values = self._values.get(WEIGHT, {})
         for name, tensor in self._state.items():
-            if not isinstance(tensor, Tensor) or slot_of(tensor) is not None or name not in self.fit.names:
+            if not isinstance(tensor, Tensor) or slot_of(tensor) is not None:
                 continue
-            value = values.get(self.fit.names[name])
+            value = self._best(name, tensor.dtype)
+            if value is None:
+                continue
             if id(tensor) in theirs and tensor.is_contiguous():
                 self._read(value, 0, tensor.detach().view(-1))
             else:  # the module makes it up when asked

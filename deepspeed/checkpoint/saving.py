@@ -25,6 +25,8 @@ from deepspeed.checkpoint import folders
 from deepspeed.checkpoint.contents import Parts, values_of
 from deepspeed.checkpoint.manifest import Manifest, values_from_json, values_to_json
 from deepspeed.checkpoint.records import FileEntry, RecordWriter
+from deepspeed.checkpoint.script import write_script
+from deepspeed.checkpoint.whole import add_safetensors
 from deepspeed.common.logging import logger
 from deepspeed.common.progress import ByteBar
 from deepspeed.errors import CheckpointError, DeepSpeedError
@@ -44,12 +46,14 @@ class Commit:
         ranks: how many parts there are.
         latest: whether ``latest`` is to name it.
         keep_last: how many checkpoints with numbered tags stay; 0: all.
+        safetensors: whether the whole weights are written as safetensors, too.
     """
 
     manifest: Manifest
     ranks: int
     latest: bool
     keep_last: int
+    safetensors: bool
 
 
 @dataclass
@@ -131,7 +135,10 @@ class Save:
         manifest.check_complete()
         for rank in range(self.commit.ranks):
             self._path_of(rank).unlink()
+        if self.commit.safetensors:
+            add_safetensors(folders.partial_folder(self.folder, self.tag), manifest)
         folders.commit(self.folder, self.tag, manifest, latest=self.commit.latest)
+        write_script(self.folder)
         if self.commit.keep_last:
             folders.prune(self.folder, self.commit.keep_last)
 

@@ -37,6 +37,7 @@ class CheckpointSection(Section):
     )
     load_fallback: bool = key(False, "load the newest whole checkpoint where the one asked for is damaged")
     keep_last: Size = key(0, "checkpoints with tags global_stepN that stay, the newest; 0: all")
+    save_safetensors: bool = key(False, "save_checkpoint writes the whole weights as safetensors, too")
     use_node_local_storage: bool = key(False, "every node writes model states to its own disk")
     parallel_write: ParallelWriteSection = part(ParallelWriteSection, "who writes")
     checkpoint_serialization: bool = key(True, "false: torch's old file format")

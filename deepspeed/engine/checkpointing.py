@@ -179,7 +179,8 @@ class Checkpointing(nn.Module):
             _, left_out = self._state_to_save(exclude_frozen)
             parameters = describe(self.module, self.module.state_dict(keep_vars=True), left_out)
             manifest = Manifest(self._about(tag, exclude_frozen), parameters)
-            commit = Commit(manifest, self.data_parallel.size, latest, self.settings.checkpoint.keep_last)
+            keys = self.settings.checkpoint
+            commit = Commit(manifest, self.data_parallel.size, latest, keys.keep_last, keys.save_safetensors)
         return Save(folder, tag, self.data_parallel.rank, exclude_frozen, self._group_names(), bar, commit)
 
     def _give_values(self, save: Save, client_state: dict[str, Any], disk: Disk) -> None:

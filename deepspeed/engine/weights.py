@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deepspeed import comm
-from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+from deepspeed.checkpoint.weight_files import Entry, WeightFiles, size_in_bytes
+from deepspeed.comm.agreement import raise_together
+from deepspeed.errors import CheckpointError, DeepSpeedError
 from deepspeed.zero.gathered import whole_values
+from deepspeed.zero.slot import is_zero_param
 
 if TYPE_CHECKING:
     from deepspeed.zero.stage import RankGroup
@@ -52,59 +53,104 @@ class WeightSaving(nn.Module):
     _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
 
     def _whole_state(self, exclude_frozen: bool, *, keep: bool) -> dict[str, Any] | None:
+        return whole_values(self._named_state(exclude_frozen), keep=keep)
+
+    def _named_state(self, exclude_frozen: bool) -> dict[str, Any]:
+        """Return the module's state dict with the parameters themselves."""
         state: dict[str, Any] = self.module.state_dict(keep_vars=True)
         if exclude_frozen:
             for name, param in self.module.named_parameters(remove_duplicate=False):
                 if not param.requires_grad:
                     state.pop(name, None)
-        return whole_values(state, keep=keep)
+        return state
 
     def save_16bit_model(
         self,
         save_dir: str | os.PathLike[str],
         save_filename: str = "pytorch_model.bin",
         exclude_frozen_parameters: bool = False,
+        max_shard_size: int | str | None = None,
     ) -> bool:
-        """Write the weights to one file: safetensors if the name ends so, else ``torch.save``.
+        """Write whole weights: safetensors if the name ends so, else ``torch.save``'s format.
 
-        Every rank must call it; the first one writes, aside, and renames when the file is complete.
+        Every rank must call it; the first one writes, aside, one tensor after the other, and renames when all is
+        complete. A tied tensor is in safetensors under its first name only.
+
+        Args:
+            save_dir: folder, which is made.
+            save_filename: of the file; where one is not enough, ``-00001-of-0000N`` is added, and an index.
+            exclude_frozen_parameters: leave out weights that are not trained.
+            max_shard_size: of a file: bytes or text such as ``5GB``; None: one file.
 
         Returns:
             True: the weights are always complete.
+
+        Raises:
+            CheckpointError: they cannot be written; on every rank.
         """
+        max_bytes = size_in_bytes(max_shard_size)
+        state = self._named_state(exclude_frozen_parameters)
         first = self.data_parallel.rank == 0
-        state = self._whole_state(exclude_frozen_parameters, keep=first)
-        if state is not None:
-            folder = Path(save_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(state, folder / save_filename)
-        if self.data_parallel.size > 1:
-            comm.barrier(group=self.data_parallel.process_group, label="save_16bit_model")
+        writing = _Writing(Path(save_dir), save_filename, state, max_bytes) if first else None
+        for names in _tied(state):
+            keep = writing is not None and writing.error is None
+            whole = whole_values({names[0]: state[names[0]]}, keep=keep)
+            if writing is not None and whole is not None:
+                writing.attempt(partial(writing.append, names[0], whole[names[0]]))
+        if writing is not None:
+            writing.end()
+        error = writing.error if writing is not None else None
+        raise_together(error, self.data_parallel.process_group, label="save_16bit_model")
         return True
 
     save_fp16_model = save_16bit_model
 
 
-def _write(state: dict[str, Any], path: Path) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        if path.suffix == ".safetensors":
-            save_file(_untied(state), aside, metadata={"format": "pt"})
-        else:
-            torch.save(clone_tensors_for_torch_save(state), aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+class _Writing:
+    """The first rank's writing; once it has failed nothing more is written, but the others are not left waiting."""
+
+    def __init__(self, folder: Path, name: str, state: dict[str, Any], max_bytes: int | None) -> None:
+        self.error: DeepSpeedError | None = None
+        self._files: WeightFiles | None = None
+        self.attempt(lambda: self._begin(folder, name, state, max_bytes))
+
+    def _begin(self, folder: Path, name: str, state: dict[str, Any], max_bytes: int | None) -> None:
+        entries = [
+            Entry(tuple(names), tuple(state[names[0]].shape), state[names[0]].dtype) for names in _tied(state)
+        ]
+        more = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+        self._files = WeightFiles(folder, name, entries, max_bytes=max_bytes, more=more)
+
+    def append(self, name: str, values: Tensor) -> None:
+        """Write a tensor."""
+        assert self._files is not None
+        self._files.append(name, values)
+
+    def end(self) -> None:
+        """Put everything in its place, or remove it."""
+        if self._files is not None:
+            self.attempt(self._files.finish)
+            self._files.abandon()
+
+    def attempt(self, action: Callable[[], Any]) -> None:
+        """Do something unless something failed before."""
+        if self.error is not None:
+            return
+        try:
+            action()
+        except DeepSpeedError as error:
+            self.error = error
+        except Exception as error:
+            self.error = CheckpointError(f"save_16bit_model: {type(error).__name__}: {error}")
+            self.error.__cause__ = error
 
 
-def _untied(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Keep one name for tensors that are the same memory: safetensors holds no aliases."""
-    seen: dict[tuple[int, torch.Size], str] = {}
-    kept = {}
+def _tied(state: dict[str, Any]) -> list[list[str]]:
+    """Group the names of a state dict's tensors, each with the other names of the same one."""
+    groups: dict[tuple[int, ...], list[str]] = {}
     for name, value in state.items():
         if isinstance(value, Tensor):
-            place = (value.data_ptr(), value.shape)
-            if value.numel() == 0 or place not in seen:
-                seen[place] = name
-                kept[name] = clone_tensors_for_torch_save(value).contiguous()
-    return kept
+            known = not is_zero_param(value) and value.numel()  # released parameters have no memory
+            place = (value.data_ptr(), *value.shape, -1, *value.stride()) if known else (id(value),)
+            groups.setdefault(place, []).append(name)
+    return list(groups.values())

@@ -350,7 +350,7 @@ def under_one_name(folder):
         compare(everything(other), expected)
         other.destroy()
     assert Path(folder, "tag", "notes.txt").read_text() == "mine"
-    assert sorted(os.listdir(folder)) == ["deep", "flat", "latest", "tag"]
+    assert sorted(os.listdir(folder)) == ["deep", "flat", "latest", "tag", "zero_to_fp32.py"]
     engine.destroy()
 
 

@@ -144,7 +144,7 @@ def full_disk(folder):
     finally:
         RecordWriter.append = append
     dist.barrier()
-    assert sorted(os.listdir(folder)) == ["global_step1", "latest"]
+    assert sorted(os.listdir(folder)) == ["global_step1", "latest", "zero_to_fp32.py"]
     engine.load_checkpoint(folder)
     compare(everything(engine), before)
     engine.save_checkpoint(folder)

@@ -123,7 +123,7 @@ def test_the_end_of_a_script_waits_for_its_last_save(end, tmp_path):
         timeout=120,
     )
     assert ended.returncode == (3 if "Exit" in end else 0), ended.stderr
-    assert sorted(os.listdir(tmp_path)) == ["global_step1", "latest"]
+    assert sorted(os.listdir(tmp_path)) == ["global_step1", "latest", "zero_to_fp32.py"]
 
 
 def keeping(folder):
@@ -134,14 +134,21 @@ def keeping(folder):
         if step == 1:
             engine.save_checkpoint(folder, tag="best", save_latest=False)
     dist.barrier()
-    assert sorted(os.listdir(folder)) == ["best", "global_step3", "global_step4", "latest"]
+    assert sorted(os.listdir(folder)) == ["best", "global_step3", "global_step4", "latest", "zero_to_fp32.py"]
     engine.load_checkpoint(folder, tag="global_step3")
     engine.save_checkpoint(folder)  # replaces one, and is not one too many
     engine.load_checkpoint(folder, tag="best")
     train(engine, [2])
     engine.save_checkpoint(folder, tag="other", save_latest=False)
     dist.barrier()
-    assert sorted(os.listdir(folder)) == ["best", "global_step3", "global_step4", "latest", "other"]
+    assert sorted(os.listdir(folder)) == [
+        "best",
+        "global_step3",
+        "global_step4",
+        "latest",
+        "other",
+        "zero_to_fp32.py",
+    ]
     engine.destroy()
 
 
