@@ -16,7 +16,7 @@ from deepspeed.checkpoint.manifest import COUNTERS, MASTER, STATE, WEIGHT, Value
 from deepspeed.checkpoint.reading import CheckpointReader
 from deepspeed.checkpoint.tools.finding import dtype_of
 
-CHUNK = 2**22
+CHUNK = 2**20
 """Elements that are read at once."""
 
 
