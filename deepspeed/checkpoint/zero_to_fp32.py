@@ -54,7 +54,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
         UsageError: there is no such checkpoint, or weights were left out of it.
     """
     with closing(open_checkpoint(Path(checkpoint_dir), tag)) as reader:
-        tensors = _wanted(reader, exclude_frozen_parameters)
+        tensors = whole_weights(reader, exclude_frozen=exclude_frozen_parameters)
         if lazy_mode:
             return {name: tensor for tensor in tensors for name in tensor.names}
         state: dict[str, Tensor] = {}
@@ -90,7 +90,9 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     max_bytes = size_in_bytes(max_shard_size)
     name = "model.safetensors" if safe_serialization else "pytorch_model.bin"
     with closing(open_checkpoint(Path(checkpoint_dir), tag)) as reader:
-        write_tensors(_wanted(reader, exclude_frozen_parameters), Path(output_dir), name, max_bytes)
+        write_tensors(
+            whole_weights(reader, exclude_frozen=exclude_frozen_parameters), Path(output_dir), name, max_bytes
+        )
 
 
 def load_state_dict_from_zero_checkpoint(
@@ -123,7 +125,12 @@ def load_state_dict_from_zero_checkpoint(
     return model
 
 
-def _wanted(reader: CheckpointReader, exclude_frozen: bool) -> list[SavedTensor]:
+def whole_weights(reader: CheckpointReader, *, exclude_frozen: bool) -> list[SavedTensor]:
+    """Return the weights and buffers of an open checkpoint, to be read as fp32.
+
+    Raises:
+        UsageError: weights were left out of it.
+    """
     tensors, left_out = saved_tensors(reader, widened=True, frozen=not exclude_frozen)
     if left_out:
         raise UsageError(

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_runs import make_engine, train
 from harness import run_on_ranks
+from safetensors.torch import load_file
 
 from deepspeed.checkpoint.manifest import Manifest
 from deepspeed.checkpoint.records import BLOCK, RecordWriter
@@ -389,6 +390,39 @@ def test_diff_tells_what_only_one_has(made, tmp_path, call):
     assert missing["unused", "weight"]
     assert missing["embed.weight", "momentum_buffer"]
     assert not missing["embed.weight", "exp_avg"]
+
+
+# -- export ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_export_writes_whole_weights(made, tmp_path, call, form, dtype):
+    truth = torch.load(made / "two" / "truth.pt")
+    out = tmp_path / "out"
+    code, said = call("export", made / "two", out, "--format", form, "--dtype", dtype)
+    assert code == 0
+    (file,) = out.iterdir()
+    assert str(file) in said
+    found = load_file(file) if form == "safetensors" else torch.load(file, weights_only=True)
+    assert found.keys() == truth.keys() - ({"head.weight"} if form == "safetensors" else set())
+    for name, value in found.items():
+        assert value.dtype == (torch.float32 if dtype == "fp32" else torch.bfloat16)
+        torch.testing.assert_close(value.bfloat16(), truth[name], rtol=0, atol=0)
+
+
+def test_export_cuts_files_where_it_is_told(made, tmp_path, call):
+    code, said = call(
+        "export", made / "two", tmp_path / "out", "--tag", "global_step2", "--max-shard-size", "400"
+    )
+    assert code == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names[-1] == "model.safetensors.index.json"
+    assert len(names) > 3
+    assert all(name in said for name in names)
+    code, said = call("export", made / "two", tmp_path / "out", "--max_shard_size", "big")
+    assert code == 2
+    assert "max_shard_size: expected bytes or a size such as '5GB'" in said
 
 
 # -- what cannot be done --------------------------------------------------------------------------

@@ -103,9 +103,8 @@ def run(asked: argparse.Namespace) -> int:
 
 def _rows(reader: CheckpointReader) -> Iterator[Row]:
     manifest = reader.manifest
-    buffers = set(reader.structure(manifest.about["main"])["buffer_names"])
     for name, about in manifest.parameters.items():
-        role = "trained" if about["trained"] else "buffer" if name in buffers else "frozen"
+        role = "trained" if about["trained"] else "buffer" if about.get("buffer") else "frozen"
         role += ", left out" if about.get("left_out") else ""
         numbers = {key: value for key, (_, value) in manifest.scalars.get(name, {}).items()}
         yield Row(name, about["shape"], role, about["aliases"], kinds_of(reader, name), numbers)
