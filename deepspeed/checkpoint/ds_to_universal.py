@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 from deepspeed.checkpoint import folders
-from deepspeed.checkpoint.whole import open_checkpoint
+from deepspeed.checkpoint.whole import open_named
 from deepspeed.common.commands import run
 from deepspeed.errors import UsageError
 
@@ -38,7 +38,7 @@ def convert(input_folder: Path, output_folder: Path) -> Path:
         UsageError: there is no checkpoint, or the new one would take the place of the old.
     """
     save_dir, tag = output_folder.absolute().parent, output_folder.name
-    with closing(open_checkpoint(input_folder)) as reader:
+    with closing(open_named(input_folder)) as reader:
         if output_folder.exists() and output_folder.samefile(reader.folder):
             raise UsageError(f"--output_folder: expected another folder than the input, got {output_folder}")
         reader.check()

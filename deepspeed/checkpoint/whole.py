@@ -64,7 +64,7 @@ class SavedTensor:
         return f"SavedTensor({self.names[0]}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-def open_checkpoint(checkpoint_dir: Path, tag: str | None = None) -> CheckpointReader:
+def open_named(checkpoint_dir: Path, tag: str | None = None) -> CheckpointReader:
     """Open a checkpoint for reading.
 
     Args:

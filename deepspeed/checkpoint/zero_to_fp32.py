@@ -20,7 +20,7 @@ from deepspeed.checkpoint.reading import CheckpointReader
 from deepspeed.checkpoint.restoring import Restorer
 from deepspeed.checkpoint.script import SCRIPT
 from deepspeed.checkpoint.weight_files import size_in_bytes
-from deepspeed.checkpoint.whole import SavedTensor, open_checkpoint, saved_tensors, write_tensors
+from deepspeed.checkpoint.whole import SavedTensor, open_named, saved_tensors, write_tensors
 from deepspeed.common.commands import run
 from deepspeed.common.logging import announce, set_log_level
 from deepspeed.errors import CheckpointError, UsageError
@@ -53,7 +53,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
         CheckpointError: a file is missing, cut or damaged.
         UsageError: there is no such checkpoint, or weights were left out of it.
     """
-    with closing(open_checkpoint(Path(checkpoint_dir), tag)) as reader:
+    with closing(open_named(Path(checkpoint_dir), tag)) as reader:
         tensors = whole_weights(reader, exclude_frozen=exclude_frozen_parameters)
         if lazy_mode:
             return {name: tensor for tensor in tensors for name in tensor.names}
@@ -89,10 +89,9 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     """
     max_bytes = size_in_bytes(max_shard_size)
     name = "model.safetensors" if safe_serialization else "pytorch_model.bin"
-    with closing(open_checkpoint(Path(checkpoint_dir), tag)) as reader:
-        write_tensors(
-            whole_weights(reader, exclude_frozen=exclude_frozen_parameters), Path(output_dir), name, max_bytes
-        )
+    with closing(open_named(Path(checkpoint_dir), tag)) as reader:
+        tensors = whole_weights(reader, exclude_frozen=exclude_frozen_parameters)
+        write_tensors(tensors, Path(output_dir), name, max_bytes)
 
 
 def load_state_dict_from_zero_checkpoint(
@@ -116,7 +115,7 @@ def load_state_dict_from_zero_checkpoint(
             "load_module_only=True)"
         )
     model.cpu()
-    with closing(open_checkpoint(Path(checkpoint_dir), tag)) as reader:
+    with closing(open_named(Path(checkpoint_dir), tag)) as reader:
         restorer = Restorer(reader, model)
         restorer.restore([], None, states=False)
         if restorer.failure is not None:

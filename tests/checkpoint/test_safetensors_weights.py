@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,13 @@ import torch
 import torch.distributed as dist
 import transformers
 from checkpoint_runs import make_engine, train
-from harness import run_on_ranks
+from collectives import gathers_are_collectives
+from harness import free_port, run_on_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_damage import flip, on_first, refusal
+from test_saving_later import SCRIPT
+from torch import nn
 
 import deepspeed
 from deepspeed.checkpoint.records import Room
@@ -44,25 +49,28 @@ CONFIG = {
 
 READ_BACK = """
 import sys, torch, transformers
-folder, expected = sys.argv[1:]
-model, found = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.bfloat16, output_loading_info=True
-)
-assert not any(found.values()), found
-state, expected = model.state_dict(), torch.load(expected, weights_only=True)
-assert state.keys() == expected.keys(), state.keys() ^ expected.keys()
-for name, value in expected.items():
-    assert value.dtype == state[name].dtype and torch.equal(value, state[name]), name
+expected, *folders = sys.argv[1:]
+expected = torch.load(expected, weights_only=True)
+for folder in folders:
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(found.values()), (folder, found)
+    state = model.state_dict()
+    assert state.keys() == expected.keys(), (folder, state.keys() ^ expected.keys())
+    for name, value in expected.items():
+        assert value.dtype == state[name].dtype and torch.equal(value, state[name]), (folder, name)
 assert "deepspeed" not in sys.modules
 """
 
 
-def read_back(folder, expected, config):
+def read_back(place, expected, config, *names):
     """Compare, in a process that knows nothing of this package, what transformers reads."""
-    config.save_pretrained(folder)
+    for name in names:
+        config.save_pretrained(place / name)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", READ_BACK, str(folder), str(expected)]
-    ran = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", READ_BACK, str(expected), *names]
+    ran = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
 
 
@@ -92,8 +100,7 @@ def llama(folder, stage):
     expected = {name: value.clone() for name, value in engine.module_state_dict().items()}
     if dist.get_rank() == 0:
         torch.save(expected, place / "expected.pt")
-        for name in ("tag", "one", "cut", "torch"):
-            read_back(place / name, place / "expected.pt", config)
+        read_back(place, place / "expected.pt", config, "tag", "one", "cut", "torch")
         assert len(list((place / "cut").glob("*.safetensors"))) > 5
         with safe_open(place / "tag" / "model.safetensors", "pt") as file:
             assert file.metadata() == {"format": "pt"}
@@ -131,8 +138,9 @@ def test_safetensors_in_a_checkpoint_are_verified_with_it():
     in_folder(2, verified)
 
 
-def full(folder):
-    engine = make_engine(3)
+def full(folder, collectives):
+    with gathers_are_collectives() if collectives else nullcontext():
+        engine = make_engine(3)
     append = WeightFiles.append
 
     def fails(self, name, values):
@@ -151,11 +159,72 @@ def full(folder):
         WeightFiles.append = append
     dist.barrier()
     assert os.listdir(folder) == []
+    engine.save_16bit_model(folder, "model.safetensors")
+    engine.save_16bit_model(folder)
+    expected = engine.module_state_dict()
+    if dist.get_rank() == 0:
+        for state in (
+            load_file(f"{folder}/model.safetensors"),
+            torch.load(f"{folder}/pytorch_model.bin", weights_only=True),
+        ):
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(value, state[name]) for name, value in expected.items())
     engine.destroy()
 
 
-def test_a_full_disk_is_an_error_on_every_rank_and_leaves_nothing():
-    in_folder(2, full)
+@pytest.mark.parametrize("collectives", [False, True], ids=["arena", "collectives"])
+def test_a_full_disk_is_an_error_on_every_rank_leaves_nothing_and_hangs_nobody(collectives):
+    in_folder(2, full, collectives)
+
+
+def test_a_save_in_the_background_writes_safetensors_at_the_end_of_the_script(tmp_path):
+    script = textwrap.dedent(SCRIPT).format(folder=str(tmp_path), end="expected = engine.module.state_dict()")
+    script = script.replace('"decoupled": True}', '"decoupled": True}, "save_safetensors": True')
+    script += f"torch.save(expected, {str(tmp_path / 'expected.pt')!r})\n"
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **place, "MASTER_PORT": str(free_port())},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    state = load_file(tmp_path / "global_step1" / "model.safetensors")
+    expected = torch.load(tmp_path / "expected.pt", weights_only=True)
+    assert all(torch.equal(value, state[name]) for name, value in expected.items())
+
+
+LAYERS, WIDTH = 64, 2**10
+
+
+def high_water():
+    """Megabytes that this process had in memory at most, since it was last reset."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("VmHWM:")[1].split()[0]) // 1024
+
+
+def streamed(folder):
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16) for _ in range(LAYERS)))
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    engine.save_16bit_model(folder, "small.safetensors", max_shard_size="1KB")
+    Path("/proc/self/clear_refs").write_text("5")
+    before = high_water()
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        engine.save_16bit_model(folder, name)
+        total = LAYERS * WIDTH**2 * 2 // 2**20
+        assert high_water() - before < total // 4, (name, high_water() - before, total)
+    engine.destroy()
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="memory is read from /proc")
+def test_sharded_weights_are_saved_a_tensor_at_a_time():
+    in_folder(2, streamed)
 
 
 @pytest.mark.parametrize(

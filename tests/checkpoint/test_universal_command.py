@@ -12,7 +12,8 @@ from checkpoint_runs import compare, everything, make_engine, train
 from harness import run_on_ranks
 from test_damage import flip
 
-from deepspeed.checkpoint import ds_to_universal
+from deepspeed import checkpoint
+from deepspeed.checkpoint import constants, ds_to_universal
 
 
 def command(*args):
@@ -72,3 +73,14 @@ def test_what_cannot_be_copied_is_said(tmp_path, capsys):
     flip(path, path.stat().st_size // 2)
     assert f"{path.name}: damaged" in refused(capsys, source, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_models_that_describe_themselves_find_the_names_for_it():
+    for name in checkpoint.NAMES:
+        assert getattr(checkpoint, name) is getattr(constants, name)
+    from deepspeed.checkpoint import UNIVERSAL_CHECKPOINT_INFO, VOCABULARY_PARAMETER_PATTERNS
+
+    assert (UNIVERSAL_CHECKPOINT_INFO, VOCABULARY_PARAMETER_PATTERNS) == (
+        "universal_checkpoint_info",
+        "vocabulary_parameter_patterns",
+    )
