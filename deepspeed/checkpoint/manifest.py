@@ -5,10 +5,11 @@ It is written last: a folder without it is not a checkpoint.
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,16 @@ class Value:
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+    def overlaps(self, start: int, stop: int) -> Iterator[tuple[Place, int, int]]:
+        """Yield the places that have elements from `start` to `stop`, each with those that it has."""
+        first = bisect.bisect_right(self.places, start, key=lambda place: place.start) - 1
+        for place in self.places[max(first, 0) :]:
+            low, high = max(start, place.start), min(stop, place.start + place.numel)
+            if low >= stop:
+                break
+            if low < high:
+                yield place, low, high
 
 
 Values = dict[str, dict[str, Value]]

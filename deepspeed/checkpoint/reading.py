@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
-import bisect
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from deepspeed.checkpoint.manifest import Manifest, Value
 from deepspeed.checkpoint.records import Progress, RecordReader, unseen
+from deepspeed.checkpoint.unpickling import load_safely
 from deepspeed.errors import CheckpointError
+
+
+class Reader(Protocol):
+    """A checkpoint that is open for reading, whoever wrote it.
+
+    Attributes:
+        folder: of the checkpoint.
+        manifest: what is in it.
+        progress: is told of bytes that were read; for files that are opened from then on.
+    """
+
+    folder: Path
+    manifest: Manifest
+    progress: Progress
+
+    def read(self, value: Value, start: int, out: Tensor) -> None:
+        """Fill `out` (flat, any dtype and device) with a value's elements from `start` on."""
+
+    def structure(self, name: str) -> Any:
+        """Return what a file holds besides the values that the manifest knows."""
+
+    def check(self, rank: int = 0, ranks: int = 1) -> None:
+        """Check what was not read yet of one rank's share of the files."""
+
+    def close(self) -> None:
+        """Close all files."""
 
 
 class CheckpointReader:
@@ -46,15 +71,9 @@ class CheckpointReader:
         Raises:
             CheckpointError: what is read is not what was written.
         """
-        stop, dtype = start + out.numel(), value.torch_dtype
-        first = bisect.bisect_right(value.places, start, key=lambda place: place.start) - 1
-        for place in value.places[max(first, 0) :]:
-            low, high = max(start, place.start), min(stop, place.start + place.numel)
-            if low >= stop:
-                break
-            if low < high:
-                reader = self._reader(place.file)
-                reader.read(place.record, dtype, low - place.start, out[low - start : high - start])
+        for place, low, high in value.overlaps(start, start + out.numel()):
+            into = out[low - start : high - start]
+            self._reader(place.file).read(place.record, value.torch_dtype, low - place.start, into)
 
     def structure(self, name: str) -> Any:
         """Return what a file holds besides the values that the manifest knows, its tensors checked and copied.
@@ -74,7 +93,7 @@ class CheckpointReader:
         for record in range(len(self.manifest.files[index].records)):
             if record not in known:
                 reader.check(record)
-        return torch.load(reader.path, weights_only=True, mmap=True, map_location="cpu")
+        return load_safely(reader.path)
 
     def check(self, rank: int = 0, ranks: int = 1) -> None:
         """Check what was not read yet of one rank's share of the files."""

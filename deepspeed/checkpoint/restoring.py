@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from deepspeed.checkpoint.contents import leaf_shape, names_of
 from deepspeed.checkpoint.manifest import MASTER, STATE, WEIGHT, Value
-from deepspeed.checkpoint.reading import CheckpointReader
+from deepspeed.checkpoint.reading import Reader
 from deepspeed.errors import CheckpointError, UsageError
 from deepspeed.zero.access import changing
 from deepspeed.zero.leaves import Leaf
 from deepspeed.zero.optimizer import ZeroOptimizer
-from deepspeed.zero.slot import slot_of
+from deepspeed.zero.slot import slot_of, trained_slot
 from deepspeed.zero.unit import Unit
 
 
@@ -67,7 +67,7 @@ class Restorer:
         fresh: trained parameters whose optimizer states the checkpoint has not.
     """
 
-    def __init__(self, reader: CheckpointReader, module: nn.Module) -> None:
+    def __init__(self, reader: Reader, module: nn.Module) -> None:
         self.failure: CheckpointError | None = None
         self.fresh: list[str] = []
         self._reader = reader
@@ -89,13 +89,20 @@ class Restorer:
             aliases = [name, *self._names.get(id(tensor), ())]
             match = next((known[alias] for alias in aliases if alias in known), None)
             if match is None:
-                fit.missing.append(name)
+                if not (self._frozen_are_left_out and _is_frozen(tensor)):
+                    fit.missing.append(name)
                 continue
             fit.names[name] = match
             self._check_shape(name, tensor, saved[match]["shape"])
         used = set(fit.names.values())
         fit.unexpected = [name for name in saved if name not in used]
         return fit
+
+    @property
+    def _frozen_are_left_out(self) -> bool:
+        """Whether frozen weights may be missing without their names being told: the original saves none."""
+        about = self._reader.manifest.about
+        return "imported" in about and bool(about["frozen_left_out"])
 
     def _check_shape(self, name: str, tensor: Tensor, shape: list[int]) -> None:
         slot = slot_of(tensor)
@@ -274,6 +281,10 @@ class Restorer:
         except CheckpointError as error:
             self.failure = error
         return self.failure is None
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and trained_slot(tensor) is None
 
 
 def _number(dtype: str | None, value: Any, device: torch.device) -> Any:

@@ -22,8 +22,9 @@ from torch import nn
 from deepspeed.checkpoint import folders
 from deepspeed.checkpoint.contents import OptimizerContents, describe, names_of, nbytes_of, plan_weights
 from deepspeed.checkpoint.manifest import COUNTERS, Manifest
+from deepspeed.checkpoint.opening import open_folder
 from deepspeed.checkpoint.plain import from_plain, to_plain
-from deepspeed.checkpoint.reading import CheckpointReader
+from deepspeed.checkpoint.reading import Reader
 from deepspeed.checkpoint.restoring import Restorer
 from deepspeed.checkpoint.saving import Commit, Save
 from deepspeed.comm.agreement import raise_together
@@ -334,7 +335,8 @@ class Checkpointing(nn.Module):
 
     def _load_one(self, found: Path, wanted: Wanted) -> tuple[str, dict[str, Any]]:
         begun = time.perf_counter()
-        reader = self._together("load_checkpoint", lambda: CheckpointReader(found))
+        states = wanted.optimizer and not wanted.module_only
+        reader = self._together("load_checkpoint", lambda: open_folder(found, states=states))
         bar = ByteBar(f"loading {found}", self._share_of(reader), shown=self.data_parallel.rank == 0)
         reader.progress = bar.advance
         try:
@@ -346,11 +348,15 @@ class Checkpointing(nn.Module):
                 self._restore(restorer, reader, main, wanted)
         finally:
             reader.close()
+        if "imported" in reader.manifest.about:
+            announce(
+                f"load_checkpoint: {found}: imported a checkpoint of {reader.manifest.about['imported']}"
+            )
         logger.info("loaded %s in %.1f s", found, time.perf_counter() - begun)
         own = main["engine"]
         return str(found), from_plain({key: main[key] for key in own["client_keys"]}, own["client_types"])
 
-    def _share_of(self, reader: CheckpointReader) -> int:
+    def _share_of(self, reader: Reader) -> int:
         """Return about how many bytes this rank will read."""
         shards = max((unit.sharding.shard_group.size for unit in self._units), default=1)
         return sum(entry.size for entry in reader.manifest.files) // shards
@@ -375,7 +381,7 @@ class Checkpointing(nn.Module):
             announce(f"load_checkpoint: nothing was loaded: there is no {looked_for}")
         return found
 
-    def _fitting(self, reader: CheckpointReader, wanted: Wanted) -> Restorer:
+    def _fitting(self, reader: Reader, wanted: Wanted) -> Restorer:
         """Match names; refuse what does not fit before anything is changed."""
         restorer = Restorer(reader, self.module)
         complaint = restorer.fit.complaint()
@@ -388,9 +394,7 @@ class Checkpointing(nn.Module):
             announce(f"load_checkpoint: {reader.folder}: {complaint}; the others are loaded")
         return restorer
 
-    def _restore(
-        self, restorer: Restorer, reader: CheckpointReader, main: dict[str, Any], wanted: Wanted
-    ) -> None:
+    def _restore(self, restorer: Restorer, reader: Reader, main: dict[str, Any], wanted: Wanted) -> None:
         if self._reducer is not None:
             self._reducer.recover()
             self._reducer.clear()
@@ -463,8 +467,10 @@ class Checkpointing(nn.Module):
         ]
         return [row.index(max(row)) if row and max(row) > 0 else None for row in totals]
 
-    def _restore_randomness(self, reader: CheckpointReader) -> None:
+    def _restore_randomness(self, reader: Reader) -> None:
         files = reader.manifest.about["optimizer_files"]
+        if "imported" in reader.manifest.about:  # the original saves none
+            return
         if len(files) != self.data_parallel.size:
             if self.data_parallel.rank == 0:
                 announce(

@@ -50,7 +50,7 @@ def train(engine, steps, ranks=None):
     return losses
 
 
-def everything(engine):
+def everything(engine, keys=("exp_avg", "exp_avg_sq", "momentum_buffer")):
     """Return all weights, masters and states, whole."""
     found = {}
     for name, param in engine.module.named_parameters():
@@ -58,7 +58,7 @@ def everything(engine):
             found[name] = param.detach().clone()
         if param.requires_grad and param.numel():
             found[f"master {name}"] = safe_get_full_fp32_param(param)
-            for key in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            for key in keys:
                 found[f"{key} {name}"] = safe_get_full_optimizer_state(param, key)
     return {name: value for name, value in found.items() if value is not None}
 
