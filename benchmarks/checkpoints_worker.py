@@ -1,0 +1,109 @@
+"""One rank that trains a step, saves, and loads what it saved, and writes what that took as JSON.
+
+Started by checkpoints.py, which sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from meter import Memory, resident, write_record
+from model import Shape, batches, build_model
+from rows import Recipe, Row, engine_config
+
+import deepspeed
+
+
+def main() -> None:
+    """Save and load once and write `OUT/rankR.json`."""
+    options = parse()
+    shape = Shape(**json.loads(options.shape))
+    rank = int(os.environ["RANK"])
+    deepspeed.init_distributed(dist_backend="gloo")
+    config = engine_config(Recipe(Row(options.kind, options.stage, ""), shape.batch, 1, ""), largest=0)
+    if options.later:
+        config["checkpoint"] = {"writer": {"decoupled": True}}
+    model = build_model(shape, checkpointing=True)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    drawn = iter(batches(shape, rank, 3))
+    train(engine, *next(drawn))
+    saved = measured(lambda: engine.save_checkpoint(options.folder))
+    began = time.perf_counter()
+    if options.later:
+        engine.finish_saving()
+    whole = saved["seconds"] + time.perf_counter() - began
+    dist.barrier()
+    began = time.perf_counter()
+    os.sync()
+    synced = time.perf_counter() - began
+    train(engine, *next(drawn))
+    dist.barrier()
+    forget_cached(Path(options.folder))
+    dist.barrier()
+    loaded = measured(lambda: engine.load_checkpoint(options.folder))
+    loss = train(engine, *next(drawn))
+    record = {
+        "save": saved,
+        "whole": whole,
+        "synced": synced,
+        "load": loaded,
+        "loss": loss,
+        "bytes": sum(path.stat().st_size for path in Path(options.folder).rglob("*") if path.is_file()),
+        "versions": {"torch": str(torch.__version__), "deepspeed": str(deepspeed.__version__)},
+    }
+    write_record(options.out, rank, record)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train(engine: Any, *batch: torch.Tensor) -> float:
+    """Take one step; return the loss."""
+    loss = engine(*batch)
+    engine.backward(loss)
+    engine.step()
+    return float(loss)
+
+
+def measured(action: Callable[[], Any]) -> dict[str, float]:
+    """Run something on all ranks; return the seconds of the slowest, and the bytes it needed at its peak."""
+    dist.barrier()
+    memory, before = Memory(), resident()
+    memory.restart()
+    began = time.perf_counter()
+    action()
+    mine = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+    dist.all_reduce(mine, op=dist.ReduceOp.MAX)
+    return {"seconds": float(mine), "extra": max(0, memory.peak() - before)}
+
+
+def forget_cached(folder: Path) -> None:
+    """Let the system forget what it has of the files in memory, as after a restart of the machine."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line checkpoints.py writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kind", required=True, help="ours or original")
+    parser.add_argument("--stage", type=int, required=True)
+    parser.add_argument("--later", action="store_true", help="save while training goes on")
+    parser.add_argument("--shape", required=True, help="the fields of Shape as JSON")
+    parser.add_argument("--folder", required=True, help="of the checkpoints")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
