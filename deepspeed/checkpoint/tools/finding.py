@@ -152,7 +152,7 @@ def _examined(folder: Path, path: Path, named: str | None) -> Found:
     state, problem = WHOLE, ""
     try:
         manifest = Manifest.read(folder)
-        CheckpointReader(folder).close()
+        CheckpointReader(folder, manifest).close()
     except CheckpointError as error:
         state, problem = DAMAGED, str(error)
     if _is_temporary(folder) and folder != path:
