@@ -148,13 +148,14 @@ def plan_weights(
 
 
 def _stored(unit: Unit, *, first: bool) -> Iterable[tuple[int, Source]]:
-    """Yield what this rank writes of a unit's stored weights, by index."""
+    """Yield what this rank writes of a unit's stored weights, by index; where they are sharded, masters do for them."""
     dtype = unit.dtypes.storage
     if not unit.sharding.releases:
         for index, view in enumerate(unit.views(unit.flat) if first else ()):
             yield index, Source(tuple(view.shape), dtype, 0, view.detach)
         return
-    for piece in unit.my_pieces() if unit.sharding.replica_group.rank == 0 else ():
+    writes = unit.sharding.replica_group.rank == 0 and not unit.has_master
+    for piece in unit.my_pieces() if writes else ():
         read = partial(unit.held.read_mine, piece.shard_start, piece.shard_stop)
         yield piece.index, Source((piece.numel,), dtype, piece.param_start, read)
     for index, numel in enumerate(unit.layout.numels):

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from deepspeed.checkpoint.manifest import Manifest, Value
-from deepspeed.checkpoint.records import Progress, RecordReader, unseen
+from deepspeed.checkpoint.records import BlockSource, Progress, RecordReader, unseen
 from deepspeed.checkpoint.unpickling import load_safely
 from deepspeed.errors import CheckpointError
 
@@ -58,6 +58,7 @@ class CheckpointReader:
         self.manifest = Manifest.read(folder) if manifest is None else manifest
         self.progress: Progress = unseen
         self._open: dict[int, RecordReader] = {}
+        self._source = BlockSource()
         for entry in self.manifest.files:
             path = folder / entry.name
             if not path.is_file():
@@ -99,13 +100,14 @@ class CheckpointReader:
         """Check what was not read yet of one rank's share of the files."""
         for index, entry in enumerate(self.manifest.files):
             if index * ranks // len(self.manifest.files) == rank:
+                reader = self._reader(index)
                 for record in range(len(entry.records)):
-                    self._reader(index).check(record)
+                    reader.check(record)
 
     def _reader(self, index: int) -> RecordReader:
         if index not in self._open:
             entry = self.manifest.files[index]
-            reader = RecordReader(self.folder / entry.name, entry, self.progress)
+            reader = RecordReader(self.folder / entry.name, entry, self._source, self.progress)
             self._open[index] = reader
             reader.check_frame()
         return self._open[index]
@@ -115,3 +117,4 @@ class CheckpointReader:
         for reader in self._open.values():
             reader.close()
         self._open.clear()
+        self._source.close()

@@ -14,12 +14,13 @@ is several times as fast as to write into it and then wait until it has been wri
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from torch import Tensor
 from torch.serialization import skip_data
 
 from deepspeed.errors import CheckpointError, OffloadError
-from deepspeed.offload.disk import Disk, bytes_of
+from deepspeed.offload.buffers import ALIGNMENT, aligned_empty, aligned_size
+from deepspeed.offload.disk import Disk, Pending, bytes_of
 from deepspeed.offload.files import DataFile
 
 Progress = Callable[[int], object]
@@ -238,75 +240,120 @@ class RecordWriter(FileWriter):
         return torch.empty(0, dtype=room.dtype).set_(storage, 0, room.shape, strides)
 
 
-class RecordReader:
-    """Read ranges of one file's records, and check what is read; `progress` is told of every read."""
+@dataclass
+class _Reading:
+    """A block on its way: what `pending` fills, and the part of it that is the block."""
 
-    def __init__(self, path: Path, entry: FileEntry, progress: Progress = unseen) -> None:
-        self.path, self._entry, self._progress = path, entry, progress
+    index: int
+    block: int
+    pending: Pending
+    data: Tensor
+
+
+class BlockSource:
+    """Reads blocks of any files through two buffers, one of which may be in use while the other is filled."""
+
+    def __init__(self) -> None:
+        self._disk = Disk()
+        self._buffers = deque(aligned_empty(BLOCK + 2 * ALIGNMENT, torch.uint8) for _ in range(2))
+
+    def start(self, file: DataFile, begin: int, end: int) -> tuple[Pending, Tensor]:
+        """Begin to read bytes `begin` to `end`, with what surrounds them in the disk's own blocks."""
+        low = begin // ALIGNMENT * ALIGNMENT
+        buffer = self._buffers[0][: min(aligned_size(end), file.size) - low]
+        self._buffers.rotate()
+        return self._disk.read(file, low, buffer), buffer[begin - low : end - low]
+
+    def close(self) -> None:
+        """End the threads."""
+        self._disk.close()
+
+
+class RecordReader:
+    """Read ranges of one file's records, and check what is read.
+
+    Args:
+        path: of the file.
+        entry: what the manifest says of it.
+        source: does the reading, a block ahead.
+        progress: is told of every read.
+    """
+
+    def __init__(
+        self, path: Path, entry: FileEntry, source: BlockSource, progress: Progress = unseen
+    ) -> None:
+        self.path, self._entry, self._source, self._progress = path, entry, source, progress
         try:
-            self._file = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}") from None
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+            self._file = DataFile(path, os.O_RDONLY)
+        except OffloadError as error:
+            raise CheckpointError(str(error)) from None
         self._checked: set[tuple[int, int]] = set()  # records and their blocks
 
     def check_frame(self) -> None:
         """Check the size, and everything that is in no record."""
-        size = os.fstat(self._file).st_size
+        size = self._file.size
         if size != self._entry.size:
             raise CheckpointError(
                 f"{self.path}: expected {self._entry.size} bytes, got {size}: the file was cut"
             )
-        if _frame_checksum(self._file, size, self._entry.records) != self._entry.frame:
+        with open(self.path, "rb") as file:
+            frame = _frame_checksum(file.fileno(), size, self._entry.records)
+        if frame != self._entry.frame:
             raise CheckpointError(f"{self.path}: damaged: its headers are not those that were written")
 
     def check(self, index: int) -> None:
         """Check what was not read yet of a record."""
-        for block in range(len(self._entry.records[index].checksums)):
-            self.check_block(index, block)
+        blocks = range(len(self._entry.records[index].checksums))
+        for _ in self._blocks(index, [one for one in blocks if (index, one) not in self._checked]):
+            pass
 
     def check_block(self, index: int, block: int) -> None:
         """Check a block of a record, unless it was read before."""
         if (index, block) not in self._checked:
-            self._block(index, block)
+            self._arrived(self._start(index, block))
 
     def read(self, index: int, dtype: torch.dtype, start: int, out: Tensor) -> None:
         """Fill `out` (flat, any dtype and device) with elements of a record of `dtype`, from `start` on."""
         first, last = start * dtype.itemsize, (start + out.numel()) * dtype.itemsize
-        position = first
-        while position < last:
-            block = position // BLOCK
-            data = self._block(index, block)
-            low, high = position - block * BLOCK, min(last - block * BLOCK, data.numel())
-            done = (position - first) // dtype.itemsize
+        for block, data in self._blocks(index, range(first // BLOCK, -(-last // BLOCK))):
+            low, high = max(first - block * BLOCK, 0), min(last - block * BLOCK, data.numel())
+            done = (block * BLOCK + low - first) // dtype.itemsize
             part = data[low:high].view(dtype)
             out[done : done + part.numel()].copy_(part)
-            position += high - low
 
-    def _block(self, index: int, block: int) -> Tensor:
-        """Return a block's bytes, checked; they are good until the next call."""
+    def _blocks(self, index: int, blocks: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield blocks of a record and their bytes, checked, which are good until the next one."""
+        ahead = self._start(index, blocks[0]) if blocks else None
+        for block, after in itertools.zip_longest(blocks, blocks[1:]):
+            assert ahead is not None
+            current, ahead = ahead, None if after is None else self._start(index, after)
+            yield block, self._arrived(current)
+
+    def _start(self, index: int, block: int) -> _Reading:
         record = self._entry.records[index]
-        nbytes = min(BLOCK, record.nbytes - block * BLOCK)
-        if self._buffer.numel() < nbytes:
-            self._buffer = torch.empty(nbytes, dtype=torch.uint8)
-        data = self._buffer[:nbytes]
-        view = data.numpy().data
+        begin = record.offset + block * BLOCK
+        end = begin + min(BLOCK, record.nbytes - block * BLOCK)
+        return _Reading(index, block, *self._source.start(self._file, begin, end))
+
+    def _arrived(self, reading: _Reading) -> Tensor:
+        """Wait for a block, and check it."""
         try:
-            got = _read_all(self._file, view, record.offset + block * BLOCK)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: {error.strerror}") from None
-        if got != nbytes or zlib.crc32(view) != record.checksums[block]:
-            where = record.offset + block * BLOCK
+            reading.pending.wait()
+        except OffloadError as error:
+            raise CheckpointError(str(error)) from None
+        record, data = self._entry.records[reading.index], reading.data
+        if zlib.crc32(bytes_of(data).data) != record.checksums[reading.block]:
+            where = record.offset + reading.block * BLOCK
             raise CheckpointError(
-                f"{self.path}: damaged: bytes {where} to {where + nbytes} are not those that were written"
+                f"{self.path}: damaged: bytes {where} to {where + data.numel()} are not those that were written"
             )
-        self._checked.add((index, block))
-        self._progress(nbytes)
+        self._checked.add((reading.index, reading.block))
+        self._progress(data.numel())
         return data
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._file)
+        self._file.close()
 
 
 def _add_checksums(record: Record, start: int, data: memoryview) -> None:
@@ -344,14 +391,3 @@ def _frame_checksum(file: int, size: int, records: list[Record]) -> int:
             checksum, position = zlib.crc32(part, checksum), position + len(part)
         position = max(position, record.offset + record.nbytes)
     return checksum
-
-
-def _read_all(file: int, into: memoryview, offset: int) -> int:
-    """Fill `into`; return how many bytes there were."""
-    position = 0
-    while position < len(into):
-        got = os.preadv(file, [into[position:]], offset + position)
-        if got == 0:
-            break
-        position += got
-    return position

@@ -201,7 +201,7 @@ class Restorer:
     def whole(self) -> dict[str, Tensor]:
         """Read all weights whole, by all the names that they were saved under."""
         made = {}
-        for name, value in self._values.get(WEIGHT, {}).items():
+        for name, value in {**self._values.get(MASTER, {}), **self._values.get(WEIGHT, {})}.items():
             made[name] = torch.empty(value.shape, dtype=value.torch_dtype)
             self._read(value, 0, made[name].view(-1))
             aliases = self._reader.manifest.parameters[name]["aliases"]

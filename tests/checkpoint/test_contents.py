@@ -55,7 +55,7 @@ def test_tied_frozen_and_unused_parameters(stage, model):
 def kinds_of_models(folder, stage, model):
     resumed(folder, stage, precision="bf16", model=model)
     state = torch.load(next(Path(folder).glob("*/*rank_00_model_states.pt")), weights_only=True)["module"]
-    if model.get("tied"):
+    if model.get("tied") and stage < 3:  # there the masters are the weights
         assert state["embed.weight"].data_ptr() == state["head.weight"].data_ptr()
 
 
@@ -320,7 +320,7 @@ def trainable_only(folder, stage):
     expected = train(engine, [2])
     files = Path(folder).glob("*/*model_states.pt")
     names = {name for path in files for name in torch.load(path, weights_only=True)["module"]}
-    assert "embed.weight" in names
+    assert ("embed.weight" in names) == (stage < 3)  # there the masters are the weights
     assert not any(name.startswith("blocks.0.") for name in names)
     other = make_engine(stage, "bf16", model={"frozen": True})
     other.load_checkpoint(folder)

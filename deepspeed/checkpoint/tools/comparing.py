@@ -101,7 +101,8 @@ def run(asked: argparse.Namespace) -> int:
 def pairs_of(first: CheckpointReader, second: CheckpointReader) -> Iterator[Pair]:
     """Yield every value of either checkpoint with that of the other.
 
-    Where one has masters and the other trained weights of that dtype, these are compared.
+    Where one has masters and the other trained weights of that dtype, these are compared. Where one has no weights
+    beside its masters, the masters are enough.
     """
     theirs = {
         alias: name
@@ -115,6 +116,8 @@ def pairs_of(first: CheckpointReader, second: CheckpointReader) -> Iterator[Pair
         mine = kinds_of(first, name)
         other = {} if match is None else kinds_of(second, match)
         for kind in dict.fromkeys((*mine, *other)):
+            if kind == WEIGHT and MASTER in mine and MASTER in other and not (kind in mine and kind in other):
+                continue
             yield Pair(name, kind, _of_kind(mine, other, kind), _of_kind(other, mine, kind))
     for name in second.manifest.parameters:
         if name not in used:

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from deepspeed.checkpoint import folders
 from deepspeed.checkpoint.manifest import NAME, Manifest
-from deepspeed.checkpoint.records import BLOCK, FileEntry, Progress, RecordReader
+from deepspeed.checkpoint.records import BLOCK, BlockSource, FileEntry, Progress, RecordReader
 from deepspeed.checkpoint.tools.finding import PARTIAL, locate, survey, tag_of
 from deepspeed.common import tables
 from deepspeed.common.progress import ByteBar
@@ -75,13 +75,15 @@ def verified(folder: Path) -> Report:
         return Report(tag, folder, 0, [Damage(NAME, None, None, str(error))])
     nbytes = sum(entry.size for entry in manifest.files)
     damages: list[Damage] = []
+    source = BlockSource()
     with ByteBar(f"verifying {tag}", nbytes, patience=PATIENCE) as bar:
         for entry in manifest.files:
-            damages += _damages(folder / entry.name, entry, bar.advance)
+            damages += _damages(folder / entry.name, entry, source, bar.advance)
+    source.close()
     return Report(tag, folder, nbytes, damages)
 
 
-def _damages(path: Path, entry: FileEntry, progress: Progress) -> list[Damage]:
+def _damages(path: Path, entry: FileEntry, source: BlockSource, progress: Progress) -> list[Damage]:
     if not path.is_file():
         return [Damage(entry.name, 0, entry.size, f"{path}: missing")]
     size = path.stat().st_size
@@ -90,7 +92,7 @@ def _damages(path: Path, entry: FileEntry, progress: Progress) -> list[Damage]:
         return [Damage(entry.name, size, entry.size, text)]
     found: list[Damage] = []
     try:
-        reader = RecordReader(path, entry, progress)
+        reader = RecordReader(path, entry, source, progress)
     except CheckpointError as error:
         return [Damage(entry.name, None, None, str(error))]
     try:
