@@ -58,7 +58,7 @@ class CheckpointReader:
         self.manifest = Manifest.read(folder) if manifest is None else manifest
         self.progress: Progress = unseen
         self._open: dict[int, RecordReader] = {}
-        self._source = BlockSource()
+        self._source: BlockSource | None = None
         for entry in self.manifest.files:
             path = folder / entry.name
             if not path.is_file():
@@ -107,14 +107,17 @@ class CheckpointReader:
     def _reader(self, index: int) -> RecordReader:
         if index not in self._open:
             entry = self.manifest.files[index]
+            self._source = self._source or BlockSource()
             reader = RecordReader(self.folder / entry.name, entry, self._source, self.progress)
             self._open[index] = reader
             reader.check_frame()
         return self._open[index]
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files; a read opens them again."""
         for reader in self._open.values():
             reader.close()
         self._open.clear()
-        self._source.close()
+        if self._source is not None:
+            self._source.close()
+        self._source = None
