@@ -195,6 +195,8 @@ class OriginalReader:
             name: {"shape": list(shape), "aliases": [], "trained": name in trained}
             for name, shape in self._ranges.shapes.items()
         }
+        for name in found.keys() & set(self._main.get("buffer_names") or ()):
+            found[name]["buffer"] = True
         for alias, name in self._aliases.items():
             found[name]["aliases"].append(alias)
         return found

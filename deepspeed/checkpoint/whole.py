@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepspeed.checkpoint import folders
 from deepspeed.checkpoint.manifest import MASTER, NAME, WEIGHT, Manifest, Value
-from deepspeed.checkpoint.reading import CheckpointReader
+from deepspeed.checkpoint.reading import CheckpointReader, Reader
 from deepspeed.checkpoint.records import FileEntry
 from deepspeed.checkpoint.weight_files import STEP, Entry, WeightFiles
 from deepspeed.errors import UsageError
@@ -28,9 +28,7 @@ class SavedTensor:
         dtype: that it is given in.
     """
 
-    def __init__(
-        self, reader: CheckpointReader, names: Sequence[str], value: Value, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, reader: Reader, names: Sequence[str], value: Value, dtype: torch.dtype) -> None:
         self.names = tuple(names)
         self.shape = torch.Size(value.shape)
         self.dtype = dtype
@@ -91,7 +89,7 @@ def open_named(checkpoint_dir: Path, tag: str | None = None) -> CheckpointReader
 
 
 def saved_tensors(
-    reader: CheckpointReader, *, widened: bool, frozen: bool = True
+    reader: Reader, *, widened: bool, frozen: bool = True
 ) -> tuple[list[SavedTensor], list[str]]:
     """Return the weights and buffers of a checkpoint, in the order of the model's state dict.
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from deepspeed.checkpoint import folders
-from deepspeed.checkpoint.reading import CheckpointReader
+from deepspeed.checkpoint.reading import Reader
 from deepspeed.checkpoint.restoring import Restorer
 from deepspeed.checkpoint.script import SCRIPT
 from deepspeed.checkpoint.weight_files import size_in_bytes
@@ -124,7 +124,7 @@ def load_state_dict_from_zero_checkpoint(
     return model
 
 
-def whole_weights(reader: CheckpointReader, *, exclude_frozen: bool) -> list[SavedTensor]:
+def whole_weights(reader: Reader, *, exclude_frozen: bool) -> list[SavedTensor]:
     """Return the weights and buffers of an open checkpoint, to be read as fp32.
 
     Raises:
@@ -140,7 +140,7 @@ def whole_weights(reader: CheckpointReader, *, exclude_frozen: bool) -> list[Sav
     return tensors
 
 
-def _report(restorer: Restorer, reader: CheckpointReader) -> None:
+def _report(restorer: Restorer, reader: Reader) -> None:
     """Say which weights of the model stay as they are."""
     _, left_out = saved_tensors(reader, widened=True)
     complaint = restorer.fit.complaint()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.checkpoint.manifest import MASTER, WEIGHT, Value
-from deepspeed.checkpoint.reading import CheckpointReader
+from deepspeed.checkpoint.reading import Reader
 from deepspeed.checkpoint.tools.contents import (
     exact,
     for_json,
@@ -98,7 +98,7 @@ def run(asked: argparse.Namespace) -> int:
 # -- values ---------------------------------------------------------------------------------------
 
 
-def pairs_of(first: CheckpointReader, second: CheckpointReader) -> Iterator[Pair]:
+def pairs_of(first: Reader, second: Reader) -> Iterator[Pair]:
     """Yield every value of either checkpoint with that of the other.
 
     Where one has masters and the other trained weights of that dtype, these are compared. Where one has no weights
@@ -133,7 +133,7 @@ def _of_kind(mine: dict[str, Value], other: dict[str, Value], kind: str) -> Valu
 
 
 def compare(
-    first: CheckpointReader, second: CheckpointReader, pair: Pair, progress: Callable[[int], object]
+    first: Reader, second: Reader, pair: Pair, progress: Callable[[int], object]
 ) -> Difference | None:
     """Return how a pair differs, or None where it does not; reads a part at a time."""
     one, other = pair.first, pair.second
@@ -221,7 +221,7 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and (one == other or (one != one and other != other))
 
 
-def _differing_states(first: CheckpointReader, second: CheckpointReader) -> Iterator[Odd]:
+def _differing_states(first: Reader, second: Reader) -> Iterator[Odd]:
     """Yield the optimizer's states that are numbers and differ, together for all tensors where they do alike."""
     mine, theirs = first.manifest.scalars, second.manifest.scalars
     counts: Counter[tuple[str, Any, Any]] = Counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from deepspeed.checkpoint.manifest import COUNTERS, MASTER, STATE, WEIGHT, Value
-from deepspeed.checkpoint.reading import CheckpointReader
+from deepspeed.checkpoint.opening import open_folder
+from deepspeed.checkpoint.reading import Reader
 from deepspeed.checkpoint.tools.finding import dtype_of
 
 CHUNK = 2**20
@@ -21,9 +23,9 @@ CHUNK = 2**20
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[CheckpointReader]:
-    """Open a checkpoint."""
-    reader = CheckpointReader(folder)
+def opened(folder: Path) -> Iterator[Reader]:
+    """Open a checkpoint, whoever wrote it."""
+    reader = open_folder(folder)
     try:
         yield reader
     finally:
@@ -69,7 +71,7 @@ class Header:
         return dict(flat(whole))
 
 
-def header_of(reader: CheckpointReader) -> Header:
+def header_of(reader: Reader) -> Header:
     """Read what a checkpoint holds besides tensors of the model."""
     about = reader.manifest.about
     main = reader.structure(about["main"])
@@ -78,7 +80,7 @@ def header_of(reader: CheckpointReader) -> Header:
     return Header(about, dtype_of(reader.manifest), groups, about["groups"], schedule, client)
 
 
-def kinds_of(reader: CheckpointReader, name: str) -> dict[str, Value]:
+def kinds_of(reader: Reader, name: str) -> dict[str, Value]:
     """Return the values of a tensor of the model by kind: weight, master, and the optimizer's states by key."""
     values = reader.manifest.values
     kinds = [WEIGHT, MASTER, *(kind for kind in values if kind.startswith(STATE))]
@@ -90,7 +92,7 @@ def nbytes_of(value: Value) -> int:
     return torch.Size(value.shape).numel() * value.torch_dtype.itemsize
 
 
-def parts_of(reader: CheckpointReader, value: Value) -> Iterator[Tensor]:
+def parts_of(reader: Reader, value: Value) -> Iterator[Tensor]:
     """Yield a value's elements, flat, a part at a time; it is good until the next one."""
     numel = torch.Size(value.shape).numel()
     buffer = torch.empty(min(numel, CHUNK), dtype=value.torch_dtype)
@@ -107,6 +109,8 @@ def exact(part: Tensor) -> Tensor:
 
 def flat(item: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield what lies in nested containers, with its path, such as ``betas[0]``."""
+    if isinstance(item, argparse.Namespace):
+        item = vars(item)
     if isinstance(item, dict) and item:
         for key, value in item.items():
             yield from flat(value, f"{path}.{key}" if path else str(key))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,11 @@ import torch
 
 from deepspeed.checkpoint import folders
 from deepspeed.checkpoint.manifest import NAME, WEIGHT, Manifest
+from deepspeed.checkpoint.opening import open_folder
 from deepspeed.checkpoint.reading import CheckpointReader
 from deepspeed.errors import CheckpointError, UsageError, did_you_mean
 
-WHOLE, DAMAGED, PARTIAL = "whole", "damaged", "partial"
+WHOLE, ORIGINAL, DAMAGED, PARTIAL = "whole", "original", "damaged", "partial"
 TEMPORARY = (".partial", ".old", ".removed")
 """Endings of hidden folders; see note [A checkpoint is there or not]."""
 
@@ -25,7 +26,8 @@ class Found:
     """A checkpoint in a folder, or what a save that was killed left of one.
 
     Attributes:
-        state: whole (as far as the names and sizes of files tell), damaged or partial.
+        state: whole, or original where the original DeepSpeed wrote it (both as far as names and sizes of files
+            tell); damaged; partial.
         named: `latest` names it.
         nbytes: of its files.
         written: when, in seconds since 1970.
@@ -138,6 +140,12 @@ def _candidates(path: Path) -> Iterator[Path]:
             yield folder
 
 
+def _original(folder: Path) -> Manifest:
+    """Return what a checkpoint without manifest holds if the original has written it."""
+    with closing(open_folder(folder)) as reader:
+        return reader.manifest
+
+
 def _is_temporary(folder: Path) -> bool:
     return folder.name.startswith(".") and folder.name.endswith(TEMPORARY)
 
@@ -151,8 +159,11 @@ def _examined(folder: Path, path: Path, named: str | None) -> Found:
     manifest: Manifest | None = None
     state, problem = WHOLE, ""
     try:
-        manifest = Manifest.read(folder)
-        CheckpointReader(folder, manifest).close()
+        if (folder / NAME).is_file():
+            manifest = Manifest.read(folder)
+            CheckpointReader(folder, manifest).close()
+        else:
+            manifest, state = _original(folder), ORIGINAL
     except CheckpointError as error:
         state, problem = DAMAGED, str(error)
     if _is_temporary(folder) and folder != path:

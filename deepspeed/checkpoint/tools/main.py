@@ -1,4 +1,4 @@
-"""``ds_ckpt``: list, check, show, compare and export checkpoints.
+"""``ds_ckpt``: list, check, show, compare, export and import checkpoints.
 
 ds_ckpt list checkpoints
 ds_ckpt verify checkpoints --all
@@ -25,6 +25,7 @@ MODULES = {
     "show": "showing",
     "diff": "comparing",
     "export": "exporting",
+    "import": "importing",
 }
 """By command: the file whose `run` is called."""
 
@@ -71,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     for part in (list_, verify, show, diff):
         part.add_argument("--json", action="store_true", help="print JSON")
     _add_export(parts)
+    import_ = _add(parts, "import", "write a checkpoint of the original DeepSpeed as one of this release")
+    import_.add_argument("out", type=Path, metavar="OUT", help="folder of checkpoints that gets it")
+    _add_tag(import_)
     return made
 
 

@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from deepspeed.checkpoint.manifest import COUNTERS, MASTER, WEIGHT, Value
-from deepspeed.checkpoint.reading import CheckpointReader
+from deepspeed.checkpoint.reading import Reader
 from deepspeed.checkpoint.tools.contents import (
     Header,
     exact,
@@ -101,7 +101,7 @@ def run(asked: argparse.Namespace) -> int:
 # -- tensors --------------------------------------------------------------------------------------
 
 
-def _rows(reader: CheckpointReader) -> Iterator[Row]:
+def _rows(reader: Reader) -> Iterator[Row]:
     manifest = reader.manifest
     for name, about in manifest.parameters.items():
         role = "trained" if about["trained"] else "buffer" if about.get("buffer") else "frozen"
@@ -167,7 +167,7 @@ def _records(rows: Iterable[Row]) -> list[dict[str, Any]]:
 # -- statistics -----------------------------------------------------------------------------------
 
 
-def _add_stats(reader: CheckpointReader, rows: list[Row]) -> None:
+def _add_stats(reader: Reader, rows: list[Row]) -> None:
     with ByteBar("reading", sum(row.nbytes for row in rows), patience=PATIENCE) as bar:
         for row in rows:
             for kind, value in row.values.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rich.filesize import decimal
 
 from deepspeed.checkpoint import folders
 from deepspeed.checkpoint.manifest import NAME, Manifest
+from deepspeed.checkpoint.opening import open_folder
 from deepspeed.checkpoint.records import BLOCK, BlockSource, FileEntry, Progress, RecordReader
 from deepspeed.checkpoint.tools.finding import PARTIAL, locate, survey, tag_of
 from deepspeed.common import tables
@@ -24,9 +26,9 @@ PATIENCE = 0.5
 
 @dataclass
 class Damage:
-    """Bytes `start` to `stop` of a file; None where no range is known."""
+    """Bytes `start` to `stop` of a file; None where they are not known."""
 
-    file: str
+    file: str | None
     start: int | None
     stop: int | None
     text: str
@@ -69,6 +71,8 @@ def run(asked: argparse.Namespace) -> int:
 def verified(folder: Path) -> Report:
     """Read all files of a checkpoint."""
     tag = tag_of(folder)
+    if not (folder / NAME).is_file():
+        return _verified_original(folder, tag)
     try:
         manifest = Manifest.read(folder)
     except CheckpointError as error:
@@ -81,6 +85,16 @@ def verified(folder: Path) -> Report:
             damages += _damages(folder / entry.name, entry, source, bar.advance)
     source.close()
     return Report(tag, folder, nbytes, damages)
+
+
+def _verified_original(folder: Path, tag: str) -> Report:
+    """Compare the checksums that torch files have themselves; what is damaged first is found."""
+    try:
+        with closing(open_folder(folder)) as reader:
+            reader.check()
+            return Report(tag, folder, sum(entry.size for entry in reader.manifest.files), [])
+    except CheckpointError as error:
+        return Report(tag, folder, 0, [Damage(None, None, None, str(error))])
 
 
 def _damages(path: Path, entry: FileEntry, source: BlockSource, progress: Progress) -> list[Damage]:
