@@ -106,6 +106,7 @@ def describe(module: nn.Module, state: dict[str, Any], left_out: set[str]) -> di
             "shape": list(tensor.shape if slot is None else slot.unit.shape_of(slot.index)),
             "aliases": [alias for alias in names if alias != name],
             "trained": slot is not None and slot.unit.trained,
+            "dtype": _name(tensor.dtype),
         }
         if left_out.intersection(names):
             found[name]["left_out"] = True

@@ -74,7 +74,8 @@ class Manifest:
 
     Attributes:
         about: counters and settings of the run (plain data).
-        parameters: by name: ``aliases`` (further names of the same tensor), ``trained``, ``left_out``, ``buffer``.
+        parameters: by name: ``shape``, ``aliases`` (further names of the same tensor), ``trained``, ``left_out``,
+            ``buffer``, ``dtype`` in the model.
         values: where the ranges of every value lie.
         scalars: by parameter, the optimizer's states that are numbers: key -> [dtype or None, value].
         files: all files but this one.

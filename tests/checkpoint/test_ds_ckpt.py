@@ -276,9 +276,10 @@ def test_show_tells_of_every_tensor(made, call):
             assert kinds == (states if trained else {"weight": "bfloat16"})
             assert one["bytes"] == truth[name].numel() * (12 if trained else 2)
             assert one["numbers"] == ({"step": 3.0} if trained else {})
+    assert {one["dtype"] for one in tensors.values()} == {"bfloat16"}
     assert tensors["embed.weight"]["aliases"] == ["head.weight"]
     _, said = call("show", made / "two", "head")
-    assert re.search(r"embed.weight +\[11, 6\] +float32 .*trained .*head.weight", said)
+    assert re.search(r"embed.weight +\[11, 6\] +bfloat16 .*trained .*head.weight", said)
     assert "blocks" not in said
 
 

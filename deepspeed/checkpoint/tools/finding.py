@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from deepspeed.checkpoint import folders
-from deepspeed.checkpoint.manifest import NAME, WEIGHT, Manifest
+from deepspeed.checkpoint.manifest import MASTER, NAME, WEIGHT, Manifest
 from deepspeed.checkpoint.opening import open_folder
 from deepspeed.checkpoint.reading import CheckpointReader
 from deepspeed.errors import CheckpointError, UsageError, did_you_mean
@@ -98,11 +98,18 @@ def survey(path: Path) -> list[Found]:
 
 
 def dtype_of(manifest: Manifest) -> str:
-    """Return the dtype of most weights."""
+    """Return the dtype that most weights had in the model, as far as is known."""
     numbers: Counter[str] = Counter()
-    for value in manifest.values.get(WEIGHT, {}).values():
-        numbers[value.dtype] += torch.Size(value.shape).numel()
+    for name, about in manifest.parameters.items():
+        numbers[dtype_of_weight(manifest, name)] += torch.Size(about["shape"]).numel()
     return numbers.most_common(1)[0][0] if numbers else "-"
+
+
+def dtype_of_weight(manifest: Manifest, name: str) -> str:
+    """Return the dtype that a weight had in the model; where that is not told, that of what was saved of it."""
+    saved = (manifest.values.get(kind, {}).get(name) for kind in (WEIGHT, MASTER))
+    found = (value.dtype for value in saved if value is not None)
+    return manifest.parameters[name].get("dtype") or next(found, "-")
 
 
 def tag_of(folder: Path) -> str:

@@ -14,7 +14,7 @@ import torch
 from rich.filesize import decimal
 from torch import Tensor
 
-from deepspeed.checkpoint.manifest import COUNTERS, MASTER, WEIGHT, Value
+from deepspeed.checkpoint.manifest import COUNTERS, Value
 from deepspeed.checkpoint.reading import Reader
 from deepspeed.checkpoint.tools.contents import (
     Header,
@@ -28,7 +28,7 @@ from deepspeed.checkpoint.tools.contents import (
     opened,
     parts_of,
 )
-from deepspeed.checkpoint.tools.finding import locate
+from deepspeed.checkpoint.tools.finding import dtype_of_weight, locate
 from deepspeed.checkpoint.tools.verifying import PATIENCE
 from deepspeed.common import tables
 from deepspeed.common.progress import ByteBar
@@ -51,6 +51,7 @@ class Row:
     """A tensor of the model.
 
     Attributes:
+        dtype: of the weight in the model.
         role: trained, frozen, buffer; left out: not in the checkpoint.
         values: by kind.
         numbers: states that are numbers.
@@ -59,6 +60,7 @@ class Row:
 
     name: str
     shape: list[int]
+    dtype: str
     role: str
     aliases: list[str]
     values: dict[str, Value]
@@ -69,12 +71,6 @@ class Row:
     def nbytes(self) -> int:
         """Bytes of all its values."""
         return sum(nbytes_of(value) for value in self.values.values())
-
-    @property
-    def dtype(self) -> str:
-        """That of the weight, or of the master where only that is there."""
-        value = self.values.get(WEIGHT) or self.values.get(MASTER)
-        return "-" if value is None else value.dtype
 
 
 def run(asked: argparse.Namespace) -> int:
@@ -107,7 +103,8 @@ def _rows(reader: Reader) -> Iterator[Row]:
         role = "trained" if about["trained"] else "buffer" if about.get("buffer") else "frozen"
         role += ", left out" if about.get("left_out") else ""
         numbers = {key: value for key, (_, value) in manifest.scalars.get(name, {}).items()}
-        yield Row(name, about["shape"], role, about["aliases"], kinds_of(reader, name), numbers)
+        dtype = dtype_of_weight(manifest, name)
+        yield Row(name, about["shape"], dtype, role, about["aliases"], kinds_of(reader, name), numbers)
 
 
 def _chosen(rows: Iterator[Row], pattern: str | None) -> Iterator[Row]:
