@@ -25,3 +25,8 @@ def open_folder(folder: Path, *, states: bool = True) -> Reader:
     if files is None or main is None:
         return CheckpointReader(folder)
     return OriginalReader(folder, files, main, states=states)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has a checkpoint in it, whoever wrote it."""
+    return (folder / NAME).is_file() or find_files(folder) is not None

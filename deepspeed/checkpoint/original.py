@@ -49,7 +49,7 @@ class OriginalReader:
         folder: of the checkpoint.
         files: in it.
         main: what the first of them holds.
-        states: read masters and optimizer states too, where the weights are whole without them.
+        states: whether optimizer states are of interest.
 
     Attributes:
         progress: is told of bytes that were read.
@@ -145,7 +145,7 @@ class OriginalReader:
 
     def _add_states(self, *, states: bool) -> None:
         if self._stage == 0:
-            if states and self._main.get("optimizer"):
+            if self._main.get("optimizer"):
                 buffers = self._main.get("buffer_names") or ()
                 weights = {name: value for name, value in self._tensors().items() if name not in buffers}
                 self._trained = read_whole(
@@ -153,6 +153,7 @@ class OriginalReader:
                     self._files.main,
                     self._main["optimizer"],
                     {name: value for name, value in weights.items() if name not in self._aliases},
+                    states=states,
                 )
             return
         names = [name for flat in self._trained for name in flat]
@@ -174,7 +175,6 @@ class OriginalReader:
             for name, fragment in fragments.items():
                 start, numel, _ = Part(rank, self._ranks).of(ranges.shapes[name].numel())
                 ranges.add(WEIGHT, name, ranges.shapes[name], start, fragment.reshape(-1)[:numel])
-        ranges.take_masters_for_weights()
 
     def _about(self) -> dict[str, Any]:
         groups = self._trained

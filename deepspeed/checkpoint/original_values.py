@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeed.checkpoint.manifest import MASTER, STATE, WEIGHT, Place, Value, Values
+from deepspeed.checkpoint.manifest import MASTER, STATE, Place, Value, Values
 from deepspeed.errors import CheckpointError
 
 Shapes = dict[str, torch.Size]
@@ -80,12 +80,6 @@ class Ranges:
                 self.add(STATE + key, name, value.shape, 0, value)
             else:
                 self.add_number(name, key, value)
-
-    def take_masters_for_weights(self) -> None:
-        """Let masters be the weights where there are no others."""
-        weights = self.values.setdefault(WEIGHT, {})
-        for name, value in self.values.get(MASTER, {}).items():
-            weights.setdefault(name, value)
 
     def add_number(self, name: str, key: str, value: Any) -> None:
         """Take a state that is a number; optimizers count steps in fp32."""

@@ -18,7 +18,7 @@ from deepspeed.errors import CheckpointError
 
 
 def read_whole(
-    ranges: Ranges, path: Path, optimizer: dict[str, Any], weights: dict[str, Tensor]
+    ranges: Ranges, path: Path, optimizer: dict[str, Any], weights: dict[str, Tensor], *, states: bool
 ) -> list[list[str]]:
     """Take masters and states; return the names of the parameters in each param group.
 
@@ -27,6 +27,7 @@ def read_whole(
         path: of the file.
         optimizer: its ``optimizer``.
         weights: all parameters, each once.
+        states: take states where they are not beside masters, too.
 
     Raises:
         CheckpointError: it cannot be told which parameters the states are of.
@@ -39,6 +40,8 @@ def read_whole(
             for index, flat in enumerate(optimizer["fp32_groups_flat"])
         ]
     order = [group["params"] for group in inner["param_groups"]]
+    if "fp32_groups" not in optimizer and not states:
+        return []
     if "fp32_groups" not in optimizer:
         groups = _names_by_shape(path, order, inner["state"], weights)
         for numbers, names in zip(order, groups, strict=True):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from deepspeed.checkpoint import folders
-from deepspeed.checkpoint.manifest import MASTER, NAME, WEIGHT, Manifest, Value
+from deepspeed.checkpoint.manifest import MASTER, WEIGHT, Manifest, Value
+from deepspeed.checkpoint.opening import is_checkpoint, open_folder
 from deepspeed.checkpoint.reading import CheckpointReader, Reader
 from deepspeed.checkpoint.records import FileEntry
 from deepspeed.checkpoint.weight_files import STEP, Entry, WeightFiles
@@ -62,7 +63,7 @@ class SavedTensor:
         return f"SavedTensor({self.names[0]}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-def open_named(checkpoint_dir: Path, tag: str | None = None) -> CheckpointReader:
+def open_named(checkpoint_dir: Path, tag: str | None = None) -> Reader:
     """Open a checkpoint for reading.
 
     Args:
@@ -77,7 +78,7 @@ def open_named(checkpoint_dir: Path, tag: str | None = None) -> CheckpointReader
     if tag is None:
         tag = folders.read_latest(checkpoint_dir)
         looked_for = f"{checkpoint_dir / folders.LATEST}, which names the newest checkpoint"
-        if tag is None and (checkpoint_dir / NAME).is_file():
+        if tag is None and is_checkpoint(checkpoint_dir):
             tag = "."
     found = None if tag is None else folders.find(checkpoint_dir, tag)
     if found is None:
@@ -85,7 +86,7 @@ def open_named(checkpoint_dir: Path, tag: str | None = None) -> CheckpointReader
             f"checkpoint_dir: expected a folder of checkpoints, but there is no {looked_for}; "
             f"{folders.way_back(folders.whole_checkpoints(checkpoint_dir), checkpoint_dir)}"
         )
-    return CheckpointReader(found)
+    return open_folder(found, states=False)
 
 
 def saved_tensors(
