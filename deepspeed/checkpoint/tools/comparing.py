@@ -16,6 +16,7 @@ from torch import Tensor
 from deepspeed.checkpoint.manifest import MASTER, WEIGHT, Value
 from deepspeed.checkpoint.reading import Reader
 from deepspeed.checkpoint.tools.contents import (
+    PATIENCE,
     exact,
     for_json,
     header_of,
@@ -26,7 +27,6 @@ from deepspeed.checkpoint.tools.contents import (
     parts_of,
 )
 from deepspeed.checkpoint.tools.finding import locate
-from deepspeed.checkpoint.tools.verifying import PATIENCE
 from deepspeed.common import tables
 from deepspeed.common.progress import ByteBar
 

@@ -18,6 +18,9 @@ from deepspeed.checkpoint.opening import open_folder
 from deepspeed.checkpoint.reading import Reader
 from deepspeed.checkpoint.tools.finding import dtype_of
 
+PATIENCE = 0.5
+"""Seconds that pass before a command shows a bar."""
+
 CHUNK = 2**20
 """Elements that are read at once."""
 

@@ -8,9 +8,8 @@ import torch
 from rich.filesize import decimal
 
 from deepspeed.checkpoint.manifest import MASTER, WEIGHT
-from deepspeed.checkpoint.tools.contents import kinds_of, nbytes_of, opened
+from deepspeed.checkpoint.tools.contents import PATIENCE, kinds_of, nbytes_of, opened
 from deepspeed.checkpoint.tools.finding import locate
-from deepspeed.checkpoint.tools.verifying import PATIENCE
 from deepspeed.checkpoint.weight_files import size_in_bytes
 from deepspeed.checkpoint.whole import write_tensors
 from deepspeed.checkpoint.zero_to_fp32 import whole_weights

@@ -21,9 +21,8 @@ from deepspeed.checkpoint.plain import from_plain, to_plain
 from deepspeed.checkpoint.reading import Reader
 from deepspeed.checkpoint.records import RecordWriter, Room
 from deepspeed.checkpoint.saving import Commit, Save
-from deepspeed.checkpoint.tools.contents import opened, parts_of
+from deepspeed.checkpoint.tools.contents import PATIENCE, opened, parts_of
 from deepspeed.checkpoint.tools.finding import dtype_of, locate, tag_of
-from deepspeed.checkpoint.tools.verifying import PATIENCE
 from deepspeed.common.progress import ByteBar
 from deepspeed.errors import DeepSpeedError, UsageError
 from deepspeed.offload.disk import Disk

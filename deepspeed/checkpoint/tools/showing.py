@@ -17,6 +17,7 @@ from torch import Tensor
 from deepspeed.checkpoint.manifest import COUNTERS, Value
 from deepspeed.checkpoint.reading import Reader
 from deepspeed.checkpoint.tools.contents import (
+    PATIENCE,
     Header,
     exact,
     flat,
@@ -29,7 +30,6 @@ from deepspeed.checkpoint.tools.contents import (
     parts_of,
 )
 from deepspeed.checkpoint.tools.finding import dtype_of_weight, locate
-from deepspeed.checkpoint.tools.verifying import PATIENCE
 from deepspeed.common import tables
 from deepspeed.common.progress import ByteBar
 from deepspeed.errors import UsageError, did_you_mean

@@ -15,13 +15,11 @@ from deepspeed.checkpoint import folders
 from deepspeed.checkpoint.manifest import NAME, Manifest
 from deepspeed.checkpoint.opening import open_folder
 from deepspeed.checkpoint.records import BLOCK, BlockSource, FileEntry, Progress, RecordReader
+from deepspeed.checkpoint.tools.contents import PATIENCE
 from deepspeed.checkpoint.tools.finding import PARTIAL, locate, survey, tag_of
 from deepspeed.common import tables
 from deepspeed.common.progress import ByteBar
 from deepspeed.errors import CheckpointError, UsageError
-
-PATIENCE = 0.5
-"""Seconds without a bar."""
 
 
 @dataclass
