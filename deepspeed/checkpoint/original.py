@@ -181,6 +181,8 @@ class OriginalReader:
         if self._stage == 3:  # a group has several flats
             flats = [group["params"] for group in self._states[0]["optimizer_state_dict"]["param_groups"]]
             groups = [[name for index in group for name in self._trained[index]] for group in flats]
+        if not group_options(self._main, self._states):  # nothing to restore
+            groups = []
         return {
             **about_run(self._main, self._states, self._stage),
             "tag": self.folder.name,

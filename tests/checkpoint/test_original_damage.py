@@ -14,6 +14,7 @@ import torch
 from checkpoint_runs import make_engine as make_own
 from harness import run_on_ranks
 from original_cases import CASES
+from test_damage import on_first, refusal
 from test_original import FOLDER, make_engine
 
 from deepspeed.checkpoint.manifest import Manifest
@@ -189,3 +190,16 @@ def load_parts(name):
 @pytest.mark.parametrize("name", ["stage0-fp32", "stage3-bf16"])
 def test_parts_may_be_left_out(name):
     run_on_ranks(2, load_parts, name)
+
+
+def one_file_less(folder, name):
+    engine = make_engine(CASES[name])
+    path = next((Path(folder) / "global_step2").glob("*rank_1_*optim*"))
+    on_first(path.unlink)
+    assert f"{path}: missing" in refusal(engine, folder)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("name", ["stage1-bf16", "stage3-fp16"])
+def test_a_missing_file_is_an_error_on_every_rank(copied, name):
+    run_on_ranks(2, one_file_less, str(copied(name).parent), name)
