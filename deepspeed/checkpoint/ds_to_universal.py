@@ -41,6 +41,11 @@ def convert(input_folder: Path, output_folder: Path) -> Path:
     with closing(open_named(input_folder)) as reader:
         if output_folder.exists() and output_folder.samefile(reader.folder):
             raise UsageError(f"--output_folder: expected another folder than the input, got {output_folder}")
+        if "imported" in reader.manifest.about:
+            raise UsageError(
+                f"{reader.folder}: written by {reader.manifest.about['imported']}; engine.load_checkpoint imports it "
+                "at any world size and stage: load it as it is"
+            )
         reader.check()
         aside = folders.begin(save_dir, tag)
         try:

@@ -45,6 +45,7 @@ class CheckpointReader:
     Args:
         folder: of the checkpoint.
         manifest: where it is not in the folder yet.
+        here: read in the calling thread, which may outlive the disk's.
 
     Attributes:
         progress: is told of bytes that were read; for files that are opened from then on.
@@ -53,12 +54,13 @@ class CheckpointReader:
         CheckpointError: a file is missing or has another size, or the manifest is damaged.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest | None = None, *, here: bool = False) -> None:
+        self._open: dict[int, RecordReader] = {}
+        self._source: BlockSource | None = None
+        self._here = here
         self.folder = folder
         self.manifest = Manifest.read(folder) if manifest is None else manifest
         self.progress: Progress = unseen
-        self._open: dict[int, RecordReader] = {}
-        self._source: BlockSource | None = None
         for entry in self.manifest.files:
             path = folder / entry.name
             if not path.is_file():
@@ -107,7 +109,7 @@ class CheckpointReader:
     def _reader(self, index: int) -> RecordReader:
         if index not in self._open:
             entry = self.manifest.files[index]
-            self._source = self._source or BlockSource()
+            self._source = self._source or BlockSource(here=self._here)
             reader = RecordReader(self.folder / entry.name, entry, self._source, self.progress)
             self._open[index] = reader
             reader.check_frame()
@@ -121,3 +123,5 @@ class CheckpointReader:
         if self._source is not None:
             self._source.close()
         self._source = None
+
+    __del__ = close  # of tensors that are read when they are asked for, the last one closes the files

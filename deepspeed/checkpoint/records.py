@@ -251,10 +251,14 @@ class _Reading:
 
 
 class BlockSource:
-    """Reads blocks of any files through two buffers, one of which may be in use while the other is filled."""
+    """Reads blocks of any files through two buffers, one of which may be in use while the other is filled.
 
-    def __init__(self) -> None:
-        self._disk = Disk()
+    Args:
+        here: read in the calling thread, which may outlive the disk's.
+    """
+
+    def __init__(self, *, here: bool = False) -> None:
+        self._disk, self._here = Disk(), here
         self._buffers = deque(aligned_empty(BLOCK + 2 * ALIGNMENT, torch.uint8) for _ in range(2))
 
     def start(self, file: DataFile, begin: int, end: int) -> tuple[Pending, Tensor]:
@@ -262,7 +266,11 @@ class BlockSource:
         low = begin // ALIGNMENT * ALIGNMENT
         buffer = self._buffers[0][: min(aligned_size(end), file.size) - low]
         self._buffers.rotate()
-        return self._disk.read(file, low, buffer), buffer[begin - low : end - low]
+        block = buffer[begin - low : end - low]
+        if self._here:
+            self._disk.read_here(file, low, buffer)
+            return Pending(buffer.numel(), []), block
+        return self._disk.read(file, low, buffer), block
 
     def close(self) -> None:
         """End the threads."""

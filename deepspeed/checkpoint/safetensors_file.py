@@ -27,6 +27,9 @@ DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
     torch.complex64: "C64",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
@@ -77,6 +80,6 @@ class SafetensorsWriter(FileWriter):
 def _name_of(tensor: str, dtype: torch.dtype) -> str:
     if dtype not in DTYPES:
         raise UsageError(
-            f"{tensor}: safetensors holds no {dtype}; write a torch file (pytorch_model.bin) instead"
+            f"{tensor}: safetensors holds no {dtype}; write pytorch_model.bin, without checkpoint.save_safetensors"
         )
     return DTYPES[dtype]

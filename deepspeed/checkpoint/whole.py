@@ -35,6 +35,11 @@ class SavedTensor:
         self.dtype = dtype
         self._reader, self._value = reader, value
 
+    @property
+    def nbytes_saved(self) -> int:
+        """Bytes of its values in the checkpoint."""
+        return self.numel() * self._value.torch_dtype.itemsize
+
     def numel(self) -> int:
         """Return the number of elements."""
         return self.shape.numel()
@@ -46,25 +51,18 @@ class SavedTensor:
             self._reader.read(self._value, start, part)
             yield part
 
-    def read(self) -> Tensor:
+    def contiguous(self) -> Tensor:
         """Read it whole."""
         whole = torch.empty(self.shape, dtype=self.dtype)
         self._reader.read(self._value, 0, whole.view(-1))
         return whole
-
-    def contiguous(self) -> Tensor:
-        """Read it whole, and leave no file open."""
-        try:
-            return self.read()
-        finally:
-            self._reader.close()
 
     def __repr__(self) -> str:
         return f"SavedTensor({self.names[0]}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
 def open_named(checkpoint_dir: Path, tag: str | None = None) -> Reader:
-    """Open a checkpoint for reading.
+    """Open a checkpoint for reading, whoever wrote it.
 
     Args:
         checkpoint_dir: folder of checkpoints; without `tag` also the folder of one.
@@ -96,14 +94,15 @@ def saved_tensors(
 
     Args:
         reader: of the checkpoint.
-        widened: give masters where there are some, and fp32 where what was stored is narrower.
+        widened: give masters where there are some, and fp32 where what was stored is narrower; otherwise what was
+            stored, of a checkpoint of this release.
         frozen: weights that are not trained, too.
 
     Returns:
         The tensors, and the names of those that were left out when the checkpoint was saved.
     """
     manifest = reader.manifest
-    kinds = (MASTER, WEIGHT) if widened else (WEIGHT,)
+    kinds = (MASTER, WEIGHT) if widened else (WEIGHT, MASTER)
     found, left_out = [], []
     for name, about in manifest.parameters.items():
         if not frozen and not about["trained"] and not about.get("buffer"):
@@ -114,7 +113,9 @@ def saved_tensors(
             left_out.append(name)
             continue
         dtype = value.torch_dtype
-        if widened and dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize:
+        if not widened:
+            dtype = getattr(torch, about["dtype"])
+        elif dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize:
             dtype = torch.float32
         found.append(SavedTensor(reader, [name, *about["aliases"]], value, dtype))
     return found, left_out
@@ -137,7 +138,7 @@ def write_tensors(
 
 def add_safetensors(folder: Path, manifest: Manifest) -> None:
     """Write the stored weights of a checkpoint, whose other files are complete, into its folder as safetensors."""
-    reader = CheckpointReader(folder, manifest)
+    reader = CheckpointReader(folder, manifest, here=True)
     try:
         tensors, _ = saved_tensors(reader, widened=False)
         manifest.files += write_tensors(tensors, folder, "model.safetensors", SHARD)

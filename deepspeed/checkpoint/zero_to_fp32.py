@@ -22,7 +22,8 @@ from deepspeed.checkpoint.script import SCRIPT
 from deepspeed.checkpoint.weight_files import size_in_bytes
 from deepspeed.checkpoint.whole import SavedTensor, open_named, saved_tensors, write_tensors
 from deepspeed.common.commands import run
-from deepspeed.common.logging import announce, set_log_level
+from deepspeed.common.logging import announce, logger, set_log_level
+from deepspeed.common.progress import ByteBar
 from deepspeed.errors import CheckpointError, UsageError
 from deepspeed.zero.slot import is_zero_param
 
@@ -53,13 +54,14 @@ def get_fp32_state_dict_from_zero_checkpoint(
         CheckpointError: a file is missing, cut or damaged.
         UsageError: there is no such checkpoint, or weights were left out of it.
     """
-    with closing(open_named(Path(checkpoint_dir), tag)) as reader:
-        tensors = whole_weights(reader, exclude_frozen=exclude_frozen_parameters)
-        if lazy_mode:
-            return {name: tensor for tensor in tensors for name in tensor.names}
+    reader = open_named(Path(checkpoint_dir), tag)
+    tensors = whole_weights(reader, exclude_frozen=exclude_frozen_parameters)
+    if lazy_mode:
+        return {name: tensor for tensor in tensors for name in tensor.names}
+    with closing(reader):
         state: dict[str, Tensor] = {}
         for tensor in tensors:
-            state.update(dict.fromkeys(tensor.names, tensor.read()))
+            state.update(dict.fromkeys(tensor.names, tensor.contiguous()))
         return state
 
 
@@ -89,9 +91,14 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     """
     max_bytes = size_in_bytes(max_shard_size)
     name = "model.safetensors" if safe_serialization else "pytorch_model.bin"
-    with closing(open_named(Path(checkpoint_dir), tag)) as reader:
+    with closing(open_named(Path(checkpoint_dir), tag)) as reader, ByteBar(f"writing {output_dir}") as bar:
         tensors = whole_weights(reader, exclude_frozen=exclude_frozen_parameters)
-        write_tensors(tensors, Path(output_dir), name, max_bytes)
+        for tensor in tensors:
+            logger.debug("%s", tensor)
+            bar.expect(tensor.nbytes_saved)
+        reader.progress = bar.advance
+        for entry in write_tensors(tensors, Path(output_dir), name, max_bytes):
+            logger.info("wrote %s, %d bytes", Path(output_dir) / entry.name, entry.size)
 
 
 def load_state_dict_from_zero_checkpoint(

@@ -94,7 +94,13 @@ class Disk:
 
     def write_here(self, file: DataFile, offset: int, buffer: Tensor) -> None:
         """Write in the calling thread: when Python is about to end, no pool takes requests any more."""
-        request = self._request(file, offset, buffer, write=True)
+        self._move_all(self._request(file, offset, buffer, write=True))
+
+    def read_here(self, file: DataFile, offset: int, buffer: Tensor) -> None:
+        """Read in the calling thread; see `write_here`."""
+        self._move_all(self._request(file, offset, buffer, write=False))
+
+    def _move_all(self, request: Request) -> None:
         for start, end in request.pieces:
             self._move(request, start, end)
 

@@ -159,6 +159,7 @@ def full(folder, collectives):
         WeightFiles.append = append
     dist.barrier()
     assert os.listdir(folder) == []
+    dist.barrier()
     engine.save_16bit_model(folder, "model.safetensors")
     engine.save_16bit_model(folder)
     expected = engine.module_state_dict()

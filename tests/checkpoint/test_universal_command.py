@@ -69,6 +69,8 @@ def test_what_cannot_be_copied_is_said(tmp_path, capsys):
     source = tmp_path / "global_step0"
     assert "expected another folder than the input" in refused(capsys, source, source)
     assert "there is no" in refused(capsys, tmp_path / "nothing", tmp_path / "new")
+    other = Path(__file__).parent / "original" / "stage2-bf16"
+    assert "load_checkpoint imports it at any world size" in refused(capsys, other, tmp_path / "new")
     path = source / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     flip(path, path.stat().st_size // 2)
     assert f"{path.name}: damaged" in refused(capsys, source, tmp_path / "new")

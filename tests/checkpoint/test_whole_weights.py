@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_on_ranks
+from original_cases import CASES, case_model
 from safetensors.torch import load_file
 from test_damage import flip
+from test_original import FOLDER, truth_of
 from torch import nn
 from toys import toy_batch, toy_loss
 
@@ -257,6 +259,7 @@ def test_the_script_beside_the_checkpoints_runs_alone(checkpoint):
         checkpoint, "zero_to_fp32.py", ".", "out", "--safe_serialization", "-t", "global_step2", "-d"
     )
     assert ran.returncode == 0, ran.stderr
+    assert "SavedTensor(embed.weight, shape=(11, 5), dtype=torch.float32)" in ran.stderr
     assert_same(
         load_file(checkpoint / "out" / "model.safetensors"),
         get_fp32_state_dict_from_zero_checkpoint(checkpoint),
@@ -298,6 +301,22 @@ def test_the_folder_of_one_checkpoint_is_enough_and_a_wrong_one_is_named(checkpo
         get_model_state_file(checkpoint, 2)
     with pytest.raises(CheckpointError, match="there is no"):
         get_optim_files(checkpoint)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_weights_of_the_original_s_checkpoints_come_out_too(name):
+    state = get_fp32_state_dict_from_zero_checkpoint(FOLDER / name)
+    for key, master in truth_of(name)["now"]["master"].items():
+        assert state[key].dtype == torch.float32
+        torch.testing.assert_close(state[key], master.float(), rtol=0, atol=0, msg=key)
+    lazy = get_fp32_state_dict_from_zero_checkpoint(FOLDER / name, lazy_mode=True)
+    assert_same({key: one.contiguous() for key, one in lazy.items()}, state)
+    case = CASES[name]
+    if not case.get("left_out"):
+        case_model(case, seed=1).load_state_dict(state, strict=True)
+    loaded = load_state_dict_from_zero_checkpoint(case_model(case, seed=1).float(), FOLDER / name)
+    for key, value in state.items():
+        assert torch.equal(loaded.state_dict()[key], value), key
 
 
 class Evil:

@@ -7,8 +7,7 @@ import argparse
 import torch
 from rich.filesize import decimal
 
-from deepspeed.checkpoint.manifest import MASTER, WEIGHT
-from deepspeed.checkpoint.tools.contents import PATIENCE, kinds_of, nbytes_of, opened
+from deepspeed.checkpoint.tools.contents import PATIENCE, opened
 from deepspeed.checkpoint.tools.finding import locate
 from deepspeed.checkpoint.weight_files import size_in_bytes
 from deepspeed.checkpoint.whole import write_tensors
@@ -28,8 +27,7 @@ def run(asked: argparse.Namespace) -> int:
         for tensor in tensors:
             if tensor.dtype.is_floating_point:
                 tensor.dtype = DTYPES[asked.dtype]
-            kinds = kinds_of(reader, tensor.names[0])
-            bar.expect(nbytes_of(kinds.get(MASTER) or kinds[WEIGHT]))
+            bar.expect(tensor.nbytes_saved)
         reader.progress = bar.advance
         written = write_tensors(tensors, asked.out, NAMES[asked.format], max_bytes)
     for entry in written:
