@@ -32,6 +32,10 @@ CLASSES = (
 )
 """Those of the original that its files hold objects of."""
 
+CUT_KEYS = {"single_partition_of_fp32_groups", "base_optimizer_state", "param_slice_mappings"}
+SHARDED_KEYS = {"fp32_flat_groups", "optimizer_state_dict"}
+"""What optimizer states have to have at stages 1 and 2, and at stage 3."""
+
 
 def open_main(files: OriginalFiles) -> dict[str, Any] | None:
     """Return what the main file holds, or None where it is one of ours."""
@@ -255,6 +259,12 @@ def _states_in(path: Path) -> dict[str, Any]:
     states = found.get("optimizer_state_dict") if isinstance(found, dict) else None
     if not isinstance(states, dict):
         raise CheckpointError(f"{path}: expected the original's 'optimizer_state_dict' in it")
+    missing = (SHARDED_KEYS if SHARDED_KEYS & states.keys() else CUT_KEYS) - states.keys()
+    if missing:
+        raise CheckpointError(
+            f"{path}: expected {min(missing)!r} in it, as release 0.19 of the original writes it; load it there, and "
+            "save it again"
+        )
     return states
 
 

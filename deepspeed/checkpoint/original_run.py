@@ -64,14 +64,15 @@ def _accumulation(config: Any) -> int:
 
 
 def _scaler(states: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the loss scaler's state: that of an object, or at stage 0 the numbers beside the states."""
+    """Return the state of a dynamic loss scale: an object's, or at stage 0 the numbers beside the states."""
     scaler = states.get("loss_scaler")
     found = scaler.state if isinstance(scaler, Inert) else states
-    if "cur_scale" not in found:
+    if "last_overflow_iter" not in found:  # static, as it also is where nothing is scaled
         return None
-    made = {"scale": float(found["cur_scale"])}
-    if "last_overflow_iter" in found:
-        made["clean_steps"] = found["cur_iter"] - found["last_overflow_iter"] - 1
+    made = {
+        "scale": float(found["cur_scale"]),
+        "clean_steps": found["cur_iter"] - found["last_overflow_iter"] - 1,
+    }
     if "cur_hysteresis" in found:
         made["tolerance"] = found["cur_hysteresis"]
     return made

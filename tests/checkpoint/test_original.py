@@ -105,6 +105,8 @@ def go_elsewhere(name, changes):
     engine = make_engine(CASES[name], **changes)
     engine.load_checkpoint(FOLDER / name)
     same_values(engine, truth_of(name)["now"], rtol=0, atol=0)
+    if changes.get("precision") == "fp16":
+        assert engine.loss_scale() == 2**8, "there was none to go on with"
     engine.destroy()
 
 

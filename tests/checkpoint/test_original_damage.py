@@ -19,6 +19,7 @@ from test_original import FOLDER, make_engine
 
 from deepspeed.checkpoint.manifest import Manifest
 from deepspeed.checkpoint.opening import open_folder
+from deepspeed.checkpoint.original import CLASSES
 from deepspeed.checkpoint.reading import CheckpointReader
 from deepspeed.checkpoint.records import FileEntry, _frame_checksum
 from deepspeed.checkpoint.unpickling import load_safely
@@ -95,6 +96,23 @@ def test_files_of_another_world_size_are_named(copied):
     extra.unlink()
     shutil.copy(next((FOLDER / "stage2-bf16-3ranks/global_step2").glob("*rank_1_*optim*")), second)
     refused(folder, second.name, "cut for 3 ranks", "of 2")
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("stage2-bf16", "param_slice_mappings"), ("stage3-bf16", "fp32_flat_groups")]
+)
+def test_a_file_without_what_is_needed_is_named(copied, name, key):
+    path = sorted(copied(name).glob("*optim*"))[1]
+    content = load_safely(path, CLASSES)
+    states = {
+        one: value
+        for one, value in content["optimizer_state_dict"].items()
+        if isinstance(value, (dict, list))
+    }
+    del states[key]
+    torch.save({"optimizer_state_dict": states}, path.parent / "new")
+    os.replace(path.parent / "new", path)
+    refused(path.parent, str(path), repr(key))
 
 
 @pytest.mark.parametrize(
