@@ -238,12 +238,13 @@ class OptimizerContents:
             return
         named = self.parts[kind]
         if value.shape != leaf_shape(leaf):
-            writer.append(named[leaf.unit.names[leaf.pieces[0].index]].room, value)
+            writer.append(named[leaf.unit.names[leaf.pieces[0].index]].room, value, steady=True)
             return
         flat = value.reshape(-1)
         for piece in leaf.pieces:
             low = piece.shard_start - leaf.start
-            writer.append(named[leaf.unit.names[piece.index]].room, flat[low : low + piece.numel])
+            room = named[leaf.unit.names[piece.index]].room
+            writer.append(room, flat[low : low + piece.numel], steady=True)
 
 
 def nbytes_of(parts: Parts) -> int:

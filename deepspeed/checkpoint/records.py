@@ -17,10 +17,12 @@ from __future__ import annotations
 import itertools
 import os
 import struct
+import threading
 import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,12 +99,17 @@ def unseen(_nbytes: int) -> None:
 class FileWriter:
     """Fill the rooms of a file that has been begun.
 
+    Note [Written until they change]
+        States change in an update only. A save in the background does not copy them: its thread writes them from where
+        they are, the first ones first, and an update that comes before it is done copies the last ones first
+        (`secure`), until the two meet. Where the disk is fast and a step long nothing is copied and nobody waits.
+
     Args:
         path: of the file.
         rooms: in the order of their records.
         places: offset and size of each record.
         disk: does the writing.
-        later: copy values in memory, and write them in `close`, which another thread may call.
+        later: write in `close`, which another thread may call; values that are not steady are copied until then.
         here: write in the calling thread, which may outlive the disk's.
         progress: is told of every write.
     """
@@ -121,6 +128,8 @@ class FileWriter:
         self._path, self._disk, self._progress = path, disk, progress
         self._later, self._here = later, here or later
         self._waiting: deque[tuple[Room, Tensor]] = deque()
+        self._copied: deque[tuple[Room, Tensor]] = deque()  # what comes after those
+        self._front, self._back = threading.Lock(), threading.Lock()  # of whoever takes from that end
         self._rooms = rooms
         self._records = [Record(*place) for place in places]
         self._filled = [0] * len(places)
@@ -135,12 +144,37 @@ class FileWriter:
             raise CheckpointError(str(error)) from None
         return file
 
-    def append(self, room: Room, values: Tensor) -> None:
-        """Write the next values of a room, or copy them to be written later."""
-        if self._later:
-            self._waiting.append((room, values.detach().to("cpu", copy=True)))
-        else:
+    def append(self, room: Room, values: Tensor, *, steady: bool = False) -> None:
+        """Write the next values of a room, now or later; `steady` ones do not change before `secure` is called."""
+        if not self._later:
             self._write(room, values)
+        elif steady:
+            self._waiting.append((room, values.detach()))
+        else:
+            self._waiting.append((room, _copied(values)))
+
+    def secure(self) -> None:
+        """Let steady values change from now on. See note [Written until they change]."""
+        with self._back:
+            while self._waiting:
+                with suppress(IndexError):  # the thread has just taken the last one
+                    room, values = self._waiting.pop()
+                    self._copied.appendleft((room, _copied(values)))
+        with self._front:  # it may be writing one
+            pass
+
+    def _write_waiting(self) -> None:
+        more = True
+        while more:
+            with self._front:
+                item = self._waiting.popleft() if self._waiting else None
+                if item is not None:
+                    self._write(*item)
+                more = item is not None
+        with self._back:
+            copied, self._copied = self._copied, deque()
+        for item in copied:
+            self._write(*item)
 
     def _write(self, room: Room, values: Tensor) -> None:
         data = values.detach().reshape(-1).cpu().contiguous()
@@ -160,8 +194,7 @@ class FileWriter:
 
     def close(self) -> FileEntry:
         """Put everything on the disk; return what the manifest has to say of the file."""
-        while self._waiting:
-            self._write(*self._waiting.popleft())
+        self._write_waiting()
         for room, record, filled in zip(self._rooms, self._records, self._filled, strict=True):
             if filled != record.nbytes:
                 raise CheckpointError(
@@ -178,6 +211,7 @@ class FileWriter:
         """Close the file as it is."""
         self._file.close()
         self._waiting.clear()
+        self._copied.clear()
 
 
 class RecordWriter(FileWriter):
@@ -362,6 +396,10 @@ class RecordReader:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _copied(values: Tensor) -> Tensor:
+    return values.detach().to("cpu", copy=True)
 
 
 def _add_checksums(record: Record, start: int, data: memoryview) -> None:

@@ -156,6 +156,11 @@ class Save:
         self._thread = threading.Thread(target=self._run, args=(done,), name="deepspeed-save")
         self._thread.start()
 
+    def secure(self) -> None:
+        """Let the optimizer's states change from now on."""
+        for writer in self._files:
+            writer.secure()
+
     def wait(self) -> DeepSpeedError | None:
         """Wait for the thread; return what went wrong."""
         if self._thread is not None:

@@ -135,6 +135,8 @@ class Checkpointing(nn.Module):
                 self._together("save_checkpoint", lambda: self._give_values(save, client_state or {}, disk))
                 if self._saves_later:
                     self._saving = save
+                    if self._zero is not None:
+                        self._zero.states.before_change = save.secure
                     save.start(finished)
                     return True
                 self._together("save_checkpoint", save.write)

@@ -166,6 +166,7 @@ class ZeroOptimizer(WrappedOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on the same rank of an equal run. All ranks call it."""
+        self.states.before_change()
         groups = list(self.optimizer.param_groups)
         self.optimizer.load_state_dict(state_dict["optimizer"])
         for group, loaded in zip(groups, self.optimizer.param_groups, strict=True):

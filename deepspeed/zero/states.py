@@ -12,7 +12,7 @@ cuts. Those that need whole parameters get them whole, and then a tile is a whol
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +37,10 @@ LANDINGS = 4
 """Tiles of gradients that may be in memory at a time."""
 
 State = dict[Tensor, dict[str, Any]]
+
+
+def _nothing() -> None:
+    """What happens before a change that nobody waits for."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class LeafStates:
 
     Attributes:
         leaves: of each unit, in the order they lie in its shard.
+        before_change: is called before masters or states change.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class LeafStates:
         tile: int = TILE,
     ) -> None:
         self.leaves: dict[Unit, list[Leaf]] = {}
+        self.before_change: Callable[[], None] = _nothing
         self.device = None if home is None else home.device
         self._tier = None if home is None else home.tier
         self._landings = None if self._tier is None else self._tier.beside(LANDINGS)
@@ -199,6 +205,7 @@ class LeafStates:
         Raises:
             OffloadError: reading or writing failed.
         """
+        self.before_change()
         if self._turned:
             work = work[::-1]
         self._turned = self.are_away and not self._turned
@@ -284,6 +291,8 @@ class LeafStates:
 
     def present(self, leaf: Leaf, *, changed: bool) -> AbstractContextManager[None]:
         """Have a leaf's master and states in memory inside."""
+        if changed:
+            self.before_change()
         parcel = self._parcels.get(leaf)
         if parcel is None or self._tier is None:
             return nullcontext()
@@ -292,6 +301,7 @@ class LeafStates:
     @contextmanager
     def renewing(self, leaf: Leaf) -> Iterator[None]:
         """Have a leaf in memory inside, to change it or give it other states; what it has then is kept."""
+        self.before_change()
         self._fetch(leaf)
         yield
         if leaf in self._parcels:

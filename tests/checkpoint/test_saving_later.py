@@ -7,16 +7,20 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from checkpoint_runs import compare, everything, make_engine, train
 from harness import free_port, run_on_ranks
 
-from deepspeed.checkpoint.records import RecordWriter
+from deepspeed.checkpoint.records import RecordWriter, Room
 from deepspeed.config import load_config
 from deepspeed.errors import CheckpointError, ConfigError
+from deepspeed.offload.disk import Disk
 
 LATER = {"writer": {"type": "FAST", "decoupled": True}}
 
@@ -55,6 +59,40 @@ def moment(stage, tier):
 )
 def test_a_save_in_the_background_is_that_of_its_moment(stage, tier):
     run_on_ranks(2, moment, stage, tier)
+
+
+def test_steady_values_are_those_of_the_moment_however_far_the_thread_is(tmp_path):
+    for ahead in (0, 1, 3, 8):  # how many values the thread has written when they are to change
+        rooms = [Room((1000,), torch.float32) for _ in range(8)]
+        path, disk = tmp_path / f"{ahead}.pt", Disk()
+        writer = RecordWriter(path, {"values": rooms}, disk, later=True)
+        values = [torch.full((1000,), float(number)) for number in range(8)]
+        for room, value in zip(rooms, values, strict=True):
+            writer.append(room, value[:400], steady=True)
+            writer.append(room, value[400:], steady=True)
+        write, written, go_on = writer._write, [], threading.Event()
+
+        def slowly(room, part, write=write, written=written, ahead=ahead, go_on=go_on):
+            write(room, part)
+            written.append(part)
+            if len(written) == ahead:
+                go_on.set()
+                time.sleep(0.05)
+
+        writer._write = slowly
+        thread = threading.Thread(target=writer.close)
+        if ahead:
+            thread.start()
+            go_on.wait()
+        writer.secure()
+        for value in values:
+            value.fill_(-1)
+        if not ahead:
+            thread.start()
+        thread.join()
+        disk.close()
+        saved = torch.load(path, weights_only=True)["values"]
+        assert [value.unique().tolist() for value in saved] == [[float(number)] for number in range(8)]
 
 
 def failing(folder):
