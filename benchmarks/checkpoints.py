@@ -154,7 +154,7 @@ def report(runs: Sequence[Run], shape: Shape, head: dict[str, Any], options: arg
             def of(figure: Callable[[Run], float], kind: str = kind, stage: int = stage) -> float:
                 return median(runs, kind, stage, figure)
 
-            durable = of(lambda run: max(rank["whole"] + rank["synced"] for rank in run.ranks))
+            durable = of(lambda run: max(rank["durable"] for rank in run.ranks))
             rows.append(
                 [
                     f"{kind}, stage {stage}",
@@ -174,8 +174,8 @@ def report(runs: Sequence[Run], shape: Shape, head: dict[str, Any], options: arg
         *header_lines(head, versions),
         markdown_table(titles, rows),
         "\n".join(text for text, _ in verdicts(runs)),
-        "*ours later* saves while training goes on: *save* is what the call takes. *until on disk*: it, what is "
-        "left to do, and `sync`; this project's saves are on the disk when they return, the original's are not. "
+        "*ours later* saves while training goes on: *save* is what the call takes and what the next step takes longer "
+        "than the one before. *until on disk*: all of it, and `sync`; this project's saves are on the disk when they return, the original's are not. "
         "*extra*: resident memory at the peak beyond that before the call, cached pages of mapped files included.",
     ]
     document = {**head, "versions": versions, "shape": asdict(shape), "runs": [asdict(run) for run in runs]}

@@ -131,10 +131,10 @@ def full_disk(folder):
     before = everything(engine)
     append = RecordWriter.append
 
-    def full(self, room, values):
+    def full(self, room, values, **kind):
         if dist.get_rank() == 1 and room.index == 3:
             raise OSError(28, "No space left on device")
-        append(self, room, values)
+        append(self, room, values, **kind)
 
     RecordWriter.append = full
     try:
