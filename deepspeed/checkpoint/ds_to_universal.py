@@ -44,7 +44,7 @@ def convert(input_folder: Path, output_folder: Path) -> Path:
         if "imported" in reader.manifest.about:
             raise UsageError(
                 f"{reader.folder}: written by {reader.manifest.about['imported']}; engine.load_checkpoint imports it "
-                "at any world size and stage: load it as it is"
+                "at any world size and stage, and ds_ckpt import writes it as one of this release"
             )
         reader.check()
         aside = folders.begin(save_dir, tag)
