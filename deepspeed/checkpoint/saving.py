@@ -79,23 +79,23 @@ class Save:
     bar: ByteBar
     commit: Commit | None = None
     scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _disk: Disk = field(default_factory=Disk, repr=False)
     _files: list[RecordWriter] = field(default_factory=list, repr=False)
     _parts: list[tuple[Parts, int]] = field(default_factory=list, repr=False)
     _thread: threading.Thread | None = field(default=None, repr=False)
     _failed: DeepSpeedError | None = field(default=None, repr=False)
 
-    def add_file(self, name: str, structure: Any, parts: Parts, disk: Disk, *, later: bool) -> RecordWriter:
+    def add_file(self, name: str, structure: Any, parts: Parts, *, later: bool) -> RecordWriter:
         """Begin one of this rank's files; return what takes its values.
 
         Args:
             name: of the file.
             structure: see `RecordWriter`.
             parts: the values that are in it.
-            disk: does the writing.
-            later: copy the values, and write them when the save is written.
+            later: write the values when the save is written.
         """
         path = folders.partial_folder(self.folder, self.tag) / name
-        writer = RecordWriter(path, structure, disk, later=later, progress=self.bar.advance)
+        writer = RecordWriter(path, structure, self._disk, later=later, progress=self.bar.advance)
         self._parts.append((parts, len(self._files)))
         self._files.append(writer)
         return writer
@@ -112,6 +112,7 @@ class Save:
             "scalars": self.scalars,
             "groups": self.groups,
         }
+        self._disk.close()
         self._leave(part)
 
     def finish(self) -> None:
@@ -146,13 +147,14 @@ class Save:
         """Close the files and, on the first rank, remove what is there of them."""
         for writer in self._files:
             writer.abandon()
+        self._disk.close()
         if self.commit is not None:
             folders.give_up(self.folder, self.tag)
 
     # -- while training goes on -------------------------------------------------------------------
 
     def start(self, done: Callable[[], None]) -> None:
-        """Do all that is left in a thread, which the end of the process waits for; `done` is called at its end."""
+        """Do all that is left in a thread, which the end of the process waits for; `done` is called if it succeeds."""
         self._thread = threading.Thread(target=self._run, args=(done,), name="deepspeed-save")
         self._thread.start()
 

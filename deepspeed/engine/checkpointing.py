@@ -32,7 +32,6 @@ from deepspeed.common.logging import announce, logger, warn_once
 from deepspeed.common.progress import ByteBar
 from deepspeed.engine.randomness import random_states, set_random_states
 from deepspeed.errors import CheckpointError, DeepSpeedError, UsageError
-from deepspeed.offload.disk import Disk
 from deepspeed.version import __version__
 from deepspeed.zero.gathered import GatheredParameters
 
@@ -124,15 +123,13 @@ class Checkpointing(nn.Module):
         save = self._together(
             "save_checkpoint", lambda: self._save_of(folder, tag, save_latest, exclude_frozen_parameters, bar)
         )
-        disk = Disk()
 
         def finished() -> None:
-            disk.close()
             logger.info("saved %s in %.1f s", folder / tag, time.perf_counter() - begun)
 
         try:
             with bar:
-                self._together("save_checkpoint", lambda: self._give_values(save, client_state or {}, disk))
+                self._together("save_checkpoint", lambda: self._give_values(save, client_state or {}))
                 if self._saves_later:
                     self._saving = save
                     if self._zero is not None:
@@ -186,7 +183,7 @@ class Checkpointing(nn.Module):
             commit = Commit(manifest, self.data_parallel.size, latest, keys.keep_last, keys.save_safetensors)
         return Save(folder, tag, self.data_parallel.rank, exclude_frozen, self._group_names(), bar, commit)
 
-    def _give_values(self, save: Save, client_state: dict[str, Any], disk: Disk) -> None:
+    def _give_values(self, save: Save, client_state: dict[str, Any]) -> None:
         """Give a save what this rank writes; what is on disk is written at once, the rest now or later."""
         rank, sharded = self.data_parallel.rank, self._stage == 3
         state, _ = self._state_to_save(save.exclude_frozen)
@@ -201,7 +198,7 @@ class Checkpointing(nn.Module):
             }
             later = self._saves_later and not any(unit.held.nbytes_on_disk for unit in self._units)
             name = folders.model_file(rank, sharded=sharded)
-            weights.write(save.add_file(name, structure, weights.parts, disk, later=later))
+            weights.write(save.add_file(name, structure, weights.parts, later=later))
         plain, types = to_plain(random_states(), "random states")
         structure = {
             "optimizer_state_dict": {"zero_stage": self._stage, **states.structure()},
@@ -210,7 +207,7 @@ class Checkpointing(nn.Module):
         }
         later = self._saves_later and not (self._zero is not None and self._zero.states.are_away)
         name = folders.optimizer_file(rank, bf16=self.policy.storage is torch.bfloat16)
-        states.write(save.add_file(name, structure, states.parts, disk, later=later))
+        states.write(save.add_file(name, structure, states.parts, later=later))
         save.scalars.update(states.scalars)
 
     def _state_to_save(self, exclude_frozen: bool) -> tuple[dict[str, Any], set[str]]:

@@ -25,7 +25,6 @@ from deepspeed.checkpoint.tools.contents import PATIENCE, opened, parts_of
 from deepspeed.checkpoint.tools.finding import dtype_of, locate, tag_of
 from deepspeed.common.progress import ByteBar
 from deepspeed.errors import DeepSpeedError, UsageError
-from deepspeed.offload.disk import Disk
 from deepspeed.version import __version__
 
 
@@ -77,18 +76,15 @@ def rewrite(reader: Reader, folder: Path, tag: str, bar: ByteBar) -> Path:
         "ds_version": __version__,
     }
     folders.begin(folder, tag)
-    disk = Disk()
     try:
-        _write(save.add_file(about["main"], main, weights.parts, disk, later=False), weights.parts, reader)
+        _write(save.add_file(about["main"], main, weights.parts, later=False), weights.parts, reader)
         name = about["optimizer_files"][0]
-        _write(save.add_file(name, optimizer, states.parts, disk, later=False), states.parts, reader)
+        _write(save.add_file(name, optimizer, states.parts, later=False), states.parts, reader)
         save.write()
         save.finish()
     except (DeepSpeedError, OSError):
         save.abandon()
         raise
-    finally:
-        disk.close()
     return folder / tag
 
 
