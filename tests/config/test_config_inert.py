@@ -30,7 +30,7 @@ READ = {
     "engine/engine.py": "managed_gradient_accumulation",
     "engine/checkpointing.py": """
         checkpoint.tag_validation checkpoint.load_missing checkpoint.load_fallback checkpoint.keep_last
-        checkpoint.writer.decoupled
+        checkpoint.writer.decoupled checkpoint.save_safetensors
     """,
     "engine/build.py": """
         optimizer.params scheduler.type scheduler.params gradient_clipping prescale_gradients
