@@ -75,7 +75,7 @@ class Weights:
     def write(self, writer: RecordWriter) -> None:
         """Write the values."""
         for room, read in self._sources:
-            writer.append(room, read())
+            writer.append(room, read(), steady=True)
 
 
 def names_of(module: nn.Module, state: dict[str, Any]) -> dict[int, list[str]]:

@@ -153,10 +153,17 @@ class Save:
 
     # -- while training goes on -------------------------------------------------------------------
 
-    def start(self, done: Callable[[], None]) -> None:
-        """Do all that is left in a thread, which the end of the process waits for; `done` is called if it succeeds."""
+    def start(self, done: Callable[[], None], fleeting: RecordWriter | None) -> None:
+        """Do all that is left in a thread, which the end of the process waits for.
+
+        Args:
+            done: is called if it succeeds.
+            fleeting: the file whose values may change once this returns.
+        """
         self._thread = threading.Thread(target=self._run, args=(done,), name="deepspeed-save")
         self._thread.start()
+        if fleeting is not None:
+            fleeting.secure()
 
     def secure(self) -> None:
         """Let the optimizer's states change from now on."""

@@ -25,6 +25,7 @@ from deepspeed.checkpoint.manifest import COUNTERS, Manifest
 from deepspeed.checkpoint.opening import open_folder
 from deepspeed.checkpoint.plain import from_plain, to_plain
 from deepspeed.checkpoint.reading import Reader
+from deepspeed.checkpoint.records import RecordWriter
 from deepspeed.checkpoint.restoring import Restorer
 from deepspeed.checkpoint.saving import Commit, Save
 from deepspeed.comm.agreement import raise_together
@@ -129,12 +130,14 @@ class Checkpointing(nn.Module):
 
         try:
             with bar:
-                self._together("save_checkpoint", lambda: self._give_values(save, client_state or {}))
+                weights = self._together(
+                    "save_checkpoint", lambda: self._give_values(save, client_state or {})
+                )
                 if self._saves_later:
                     self._saving = save
                     if self._zero is not None:
                         self._zero.states.before_change = save.secure
-                    save.start(finished)
+                    save.start(finished, weights)
                     return True
                 self._together("save_checkpoint", save.write)
                 self._together("save_checkpoint", save.finish)
@@ -183,8 +186,13 @@ class Checkpointing(nn.Module):
             commit = Commit(manifest, self.data_parallel.size, latest, keys.keep_last, keys.save_safetensors)
         return Save(folder, tag, self.data_parallel.rank, exclude_frozen, self._group_names(), bar, commit)
 
-    def _give_values(self, save: Save, client_state: dict[str, Any]) -> None:
-        """Give a save what this rank writes; what is on disk is written at once, the rest now or later."""
+    def _give_values(self, save: Save, client_state: dict[str, Any]) -> RecordWriter | None:
+        """Give a save what this rank writes; what is on disk is written at once, the rest now or later.
+
+        Returns:
+            The file with weights, which may change at any time.
+        """
+        main = None
         rank, sharded = self.data_parallel.rank, self._stage == 3
         state, _ = self._state_to_save(save.exclude_frozen)
         weights = plan_weights(state, self._units, names_of(self.module, state), first=rank == 0)
@@ -198,7 +206,8 @@ class Checkpointing(nn.Module):
             }
             later = self._saves_later and not any(unit.held.nbytes_on_disk for unit in self._units)
             name = folders.model_file(rank, sharded=sharded)
-            weights.write(save.add_file(name, structure, weights.parts, later=later))
+            main = save.add_file(name, structure, weights.parts, later=later)
+            weights.write(main)
         plain, types = to_plain(random_states(), "random states")
         structure = {
             "optimizer_state_dict": {"zero_stage": self._stage, **states.structure()},
@@ -209,6 +218,7 @@ class Checkpointing(nn.Module):
         name = folders.optimizer_file(rank, bf16=self.policy.storage is torch.bfloat16)
         states.write(save.add_file(name, structure, states.parts, later=later))
         save.scalars.update(states.scalars)
+        return main
 
     def _state_to_save(self, exclude_frozen: bool) -> tuple[dict[str, Any], set[str]]:
         """Return the module's state dict with the parameters themselves, and the names that are left out of it."""
