@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.checkpoint.manifest import MASTER, STATE, WEIGHT, Place, Value, Values
+from deepspeed.checkpoint.plain import to_plain
 from deepspeed.checkpoint.records import RecordWriter, Room
 from deepspeed.errors import UsageError
+from deepspeed.version import __version__
 from deepspeed.zero.leaves import Leaf
 from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.slot import slot_of
@@ -250,6 +252,50 @@ class OptimizerContents:
 def nbytes_of(parts: Parts) -> int:
     """Return the bytes of the values in parts."""
     return sum(part.room.nbytes for named in parts.values() for part in named.values())
+
+
+def main_contents(
+    client_state: dict[str, Any],
+    schedule: Any,
+    groups: list[dict[str, Any]],
+    *,
+    buffers: list[str],
+    ranks: int,
+    counters: dict[str, int],
+) -> dict[str, Any]:
+    """Return what the file of the first rank holds beside the weights.
+
+    Args:
+        client_state: the user's.
+        schedule: its state dict, or None.
+        groups: options of the param groups.
+        buffers: names of the module's buffers.
+        ranks: that wrote the checkpoint.
+        counters: by name.
+
+    Raises:
+        UsageError: something of it cannot be saved.
+    """
+    client, client_types = to_plain(client_state, "client_state")
+    plain_schedule, schedule_types = to_plain(schedule, "lr_scheduler.state_dict()")
+    plain_groups, group_types = to_plain(groups, "optimizer.param_groups")
+    return {
+        **client,
+        "lr_scheduler": plain_schedule,
+        "optimizer": None,
+        "buffer_names": buffers,
+        "dp_world_size": ranks,
+        "mp_world_size": 1,
+        "ds_version": __version__,
+        **counters,
+        "engine": {
+            "client_keys": list(client),
+            "client_types": client_types,
+            "schedule_types": schedule_types,
+            "param_groups": plain_groups,
+            "group_types": group_types,
+        },
+    }
 
 
 def values_of(parts: Iterable[tuple[Parts, int]]) -> Values:

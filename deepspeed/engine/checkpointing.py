@@ -20,7 +20,14 @@ import torch.distributed as dist
 from torch import nn
 
 from deepspeed.checkpoint import folders
-from deepspeed.checkpoint.contents import OptimizerContents, describe, names_of, nbytes_of, plan_weights
+from deepspeed.checkpoint.contents import (
+    OptimizerContents,
+    describe,
+    main_contents,
+    names_of,
+    nbytes_of,
+    plan_weights,
+)
 from deepspeed.checkpoint.manifest import COUNTERS, Manifest
 from deepspeed.checkpoint.opening import open_folder
 from deepspeed.checkpoint.plain import from_plain, to_plain
@@ -234,29 +241,15 @@ class Checkpointing(nn.Module):
         taken = sorted(str(key) for key in OWN_KEYS & client_state.keys())
         if taken:
             raise UsageError(f"client_state: {taken[0]!r} is a key of the checkpoint itself; use another one")
-        client, client_types = to_plain(client_state, "client_state")
         has_schedule = hasattr(self.lr_scheduler, "state_dict")
-        schedule, schedule_types = to_plain(
-            self.lr_scheduler.state_dict() if has_schedule else None, "lr_scheduler.state_dict()"
+        return main_contents(
+            client_state,
+            self.lr_scheduler.state_dict() if has_schedule else None,
+            self._group_options(),
+            buffers=[name for name, _ in self.module.named_buffers() if name in state],
+            ranks=self.data_parallel.size,
+            counters={name: getattr(self, name) for name in COUNTERS},
         )
-        groups, group_types = to_plain(self._group_options(), "optimizer.param_groups")
-        return {
-            **client,
-            "lr_scheduler": schedule,
-            "optimizer": None,
-            "buffer_names": [name for name, _ in self.module.named_buffers() if name in state],
-            "dp_world_size": self.data_parallel.size,
-            "mp_world_size": 1,
-            "ds_version": __version__,
-            **{name: getattr(self, name) for name in COUNTERS},
-            "engine": {
-                "client_keys": list(client),
-                "client_types": client_types,
-                "schedule_types": schedule_types,
-                "param_groups": groups,
-                "group_types": group_types,
-            },
-        }
 
     def _group_options(self) -> list[dict[str, Any]]:
         groups = [] if self._zero is None else self._zero.param_groups

@@ -76,7 +76,29 @@ class Parcel:
         return 0 if self.extent is None else self.extent.nbytes
 
 
-class DiskTier:
+class NotesFailure:
+    """Keeps the first OffloadError for a moment when all ranks raise it. See note [Failures wait for all ranks].
+
+    It is kept as text: the error itself would keep the frames it was raised in, and the graphs in them.
+    """
+
+    _noted: str | None = None
+
+    @property
+    def noted_failure(self) -> OffloadError | None:
+        """The error, new each time, or None."""
+        return None if self._noted is None else OffloadError(self._noted)
+
+    @contextmanager
+    def noting_failure(self) -> Iterator[None]:
+        """Note an OffloadError inside instead of raising it."""
+        try:
+            yield
+        except OffloadError as error:
+            self._noted = self._noted or str(error)
+
+
+class DiskTier(NotesFailure):
     """Parcels in a swap folder, and the buffers they pass through.
 
     Args:
@@ -90,7 +112,6 @@ class DiskTier:
     def __init__(self, disk: Disk, folder: SwapFolder, *, buffers: int = 4, pin: bool = False) -> None:
         self.disk, self._folder, self._pin = disk, folder, pin
         self._limit = max(2, buffers)
-        self._failed: str | None = None
         self._made = self._untrimmed = 0
         self._free: list[Tensor] = []
         self._kept: dict[Parcel, Tensor] = {}  # see note [Buffers remember]
@@ -107,9 +128,9 @@ class DiskTier:
 
     @property
     def failure(self) -> OffloadError | None:
-        """What went wrong where nobody could raise it; a new error, as one that is kept keeps graphs in its frames."""
-        found = (self._failed, *(one._failed for one in self._beside))
-        return next((OffloadError(text) for text in found if text is not None), None)
+        """What went wrong where nobody could raise it."""
+        found = (one.noted_failure for one in (self, *self._beside))
+        return next((one for one in found if one is not None), None)
 
     def beside(self, buffers: int) -> DiskTier:
         """Return a tier in the same files that has buffers of its own, for parcels of another size."""
@@ -201,14 +222,6 @@ class DiskTier:
             self._finish_write()
         for tier in self._beside:
             tier.drain()
-
-    @contextmanager
-    def noting_failure(self) -> Iterator[None]:
-        """Note an OffloadError inside instead of raising it. See note [Failures wait for all ranks]."""
-        try:
-            yield
-        except OffloadError as error:
-            self._failed = self._failed or str(error)
 
     def close(self) -> None:
         """Give everything back: threads, files, memory. Tensors that are away stay empty."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.errors import OffloadError
-from deepspeed.offload.tier import DiskTier, Parcel
+from deepspeed.offload.tier import DiskTier, NotesFailure, Parcel
 from deepspeed.zero.buffers import BufferPool
 from deepspeed.zero.gradients import UnitGradients
 from deepspeed.zero.landed import GradientInMemory, GradientOnDisk, GradientOnHost, LandedGradient
@@ -58,7 +58,7 @@ class StateHome:
     ratio: float = 1.0
 
 
-class LeafStates:
+class LeafStates(NotesFailure):
     """The states of all leaves.
 
     Args:
@@ -92,7 +92,6 @@ class LeafStates:
         self._born: dict[Unit, Parcel] = {}  # masters of units that have no leaves yet
         self._parcels: dict[Leaf, Parcel] = {}
         self._optimizer: torch.optim.Optimizer | None = None
-        self._failed: str | None = None
 
     # -- where things go --------------------------------------------------------------------------
 
@@ -164,20 +163,10 @@ class LeafStates:
     @property
     def failure(self) -> OffloadError | None:
         """What went wrong with a tier; what is there is of no use from then on."""
-        if self._failed is not None:
-            return OffloadError(self._failed)
-        found = [unit.held.failure for unit in self.leaves]
+        found = [self.noted_failure, *(unit.held.failure for unit in self.leaves)]
         if self._tier is not None:
             found.append(self._tier.failure)
         return next((one for one in found if one is not None), None)
-
-    @contextmanager
-    def noting_failure(self) -> Iterator[None]:
-        """Note an OffloadError inside as `failure`, for a moment when all ranks raise it."""
-        try:
-            yield
-        except OffloadError as error:
-            self._failed = self._failed or str(error)
 
     @property
     def are_away(self) -> bool:

@@ -17,11 +17,11 @@ import torch.distributed as dist
 import transformers
 from checkpoint_runs import make_engine, train
 from collectives import gathers_are_collectives
-from harness import free_port, run_on_ranks
+from harness import run_on_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_damage import flip, on_first, refusal
-from test_saving_later import SCRIPT
+from test_saving_later import SCRIPT, run_script
 from torch import nn
 
 import deepspeed
@@ -182,14 +182,7 @@ def test_a_save_in_the_background_writes_safetensors_at_the_end_of_the_script(tm
     script = textwrap.dedent(SCRIPT).format(folder=str(tmp_path), end="expected = engine.module.state_dict()")
     script = script.replace('"decoupled": True}', '"decoupled": True}, "save_safetensors": True')
     script += f"torch.save(expected, {str(tmp_path / 'expected.pt')!r})\n"
-    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    ended = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, **place, "MASTER_PORT": str(free_port())},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ended = run_script(script)
     assert ended.returncode == 0, ended.stderr
     state = load_file(tmp_path / "global_step1" / "model.safetensors")
     expected = torch.load(tmp_path / "expected.pt", weights_only=True)

@@ -149,17 +149,21 @@ engine.save_checkpoint({folder!r})
 """
 
 
-@pytest.mark.parametrize("end", ["dist.destroy_process_group()", "", "del engine", "raise SystemExit(3)"])
-def test_the_end_of_a_script_waits_for_its_last_save(end, tmp_path):
-    script = textwrap.dedent(SCRIPT).format(folder=str(tmp_path), end=end)
+def run_script(script):
+    """Run a script as the only rank of a job of its own."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    ended = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, **place, "MASTER_PORT": str(free_port())},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+@pytest.mark.parametrize("end", ["dist.destroy_process_group()", "", "del engine", "raise SystemExit(3)"])
+def test_the_end_of_a_script_waits_for_its_last_save(end, tmp_path):
+    ended = run_script(textwrap.dedent(SCRIPT).format(folder=str(tmp_path), end=end))
     assert ended.returncode == (3 if "Exit" in end else 0), ended.stderr
     assert sorted(os.listdir(tmp_path)) == ["global_step1", "latest", "zero_to_fp32.py"]
 

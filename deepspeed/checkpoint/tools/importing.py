@@ -15,9 +15,9 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from deepspeed.checkpoint import folders
-from deepspeed.checkpoint.contents import OptimizerContents, Part, Parts, nbytes_of
+from deepspeed.checkpoint.contents import OptimizerContents, Part, Parts, main_contents, nbytes_of
 from deepspeed.checkpoint.manifest import COUNTERS, NAME, WEIGHT, Manifest
-from deepspeed.checkpoint.plain import from_plain, to_plain
+from deepspeed.checkpoint.plain import from_plain
 from deepspeed.checkpoint.reading import Reader
 from deepspeed.checkpoint.records import RecordWriter, Room
 from deepspeed.checkpoint.saving import Commit, Save
@@ -93,36 +93,18 @@ def _main(reader: Reader, rooms: dict[str, Room]) -> dict[str, Any]:
     old = reader.manifest
     found = reader.structure(old.about["main"])
     own = found["engine"]
-    client, client_types = to_plain(
-        from_plain({key: found[key] for key in own["client_keys"]}, own["client_types"]), "client_state"
-    )
-    schedule, schedule_types = to_plain(
-        from_plain(found["lr_scheduler"], own["schedule_types"]), "lr_scheduler.state_dict()"
-    )
-    groups, group_types = to_plain(
-        from_plain(own["param_groups"], own["group_types"]), "optimizer.param_groups"
-    )
     module = {name: value for name, value in found["module"].items() if not isinstance(value, Tensor)}
     for name, room in rooms.items():
         module.update(dict.fromkeys((name, *old.parameters[name]["aliases"]), room))
-    return {
-        "module": module,
-        **client,
-        "lr_scheduler": schedule,
-        "optimizer": None,
-        "buffer_names": [name for name, about in old.parameters.items() if about.get("buffer")],
-        "dp_world_size": 1,
-        "mp_world_size": 1,
-        "ds_version": __version__,
-        **{name: old.about[name] for name in COUNTERS},
-        "engine": {
-            "client_keys": list(client),
-            "client_types": client_types,
-            "schedule_types": schedule_types,
-            "param_groups": groups,
-            "group_types": group_types,
-        },
-    }
+    contents = main_contents(
+        from_plain({key: found[key] for key in own["client_keys"]}, own["client_types"]),
+        from_plain(found["lr_scheduler"], own["schedule_types"]),
+        from_plain(own["param_groups"], own["group_types"]),
+        buffers=[name for name, about in old.parameters.items() if about.get("buffer")],
+        ranks=1,
+        counters={name: old.about[name] for name in COUNTERS},
+    )
+    return {"module": module, **contents}
 
 
 def _write(writer: RecordWriter, parts: Parts, reader: Reader) -> None:
