@@ -22,6 +22,10 @@ SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch
 Types = list[list[Any]]
 """Paths of what was not plain before, with what it was."""
 
+MAX_BITS = 2032
+"""Of an int: torch.load(weights_only=True) knows none that are longer than 255 bytes."""
+MAX_DEPTH = 100
+
 
 def to_plain(item: Any, what: str) -> tuple[Any, Types]:
     """Return `item` as plain data and tensors, and how to undo that.
@@ -46,24 +50,41 @@ def from_plain(item: Any, types: Types) -> Any:
 
 def _convert(item: Any, path: list[Any], what: str, types: Types) -> Any:
     kind = type(item)
-    if isinstance(item, (np.ndarray, np.generic)) and item.dtype.kind in "biufc":
+    if len(path) > MAX_DEPTH:
+        raise _refusal(what, path[:3], f"containers in each other {MAX_DEPTH} deep, or one in itself")
+    if isinstance(item, (np.ndarray, np.generic)):
         types.append([path, "numpy" if isinstance(item, np.ndarray) else "number"])
-        return torch.from_numpy(np.array(item, order="C"))
+        try:
+            return torch.from_numpy(np.array(item, order="C"))
+        except (TypeError, ValueError):  # objects, text, times, another byte order, wider floats
+            raise _refusal(what, path, f"a {_name(kind)} of dtype {item.dtype}") from None
     if isinstance(item, Tensor):
-        return item.detach()
+        if item.layout is not torch.strided or item.is_meta or item.is_quantized:
+            raise _refusal(what, path, "a tensor that is sparse, quantized or without values")
+        return item.detach().resolve_conj().resolve_neg()
     if kind is argparse.Namespace:
         types.append([path, "namespace"])
         item, kind = vars(item), dict
     if kind in (dict, OrderedDict):
         for key in item:
-            if type(key) not in SCALARS:
+            if not _is_scalar(key) or key != key:  # nothing finds the latter again
                 raise _refusal(what, [*path, key], f"a key of {type(key).__name__}")
         return kind((key, _convert(value, [*path, key], what, types)) for key, value in item.items())
     if kind in (list, tuple):
         return kind(_convert(value, [*path, index], what, types) for index, value in enumerate(item))
-    if kind in SCALARS or (kind in (set, torch.Size) and all(type(value) in SCALARS for value in item)):
+    if _is_scalar(item) or (kind in (set, torch.Size) and all(_is_scalar(value) for value in item)):
         return item
-    raise _refusal(what, path, f"a {kind.__module__}.{kind.__qualname__}")
+    raise _refusal(
+        what, path, f"a {_name(kind)}" if kind is not int else f"an int of {item.bit_length()} bits"
+    )
+
+
+def _is_scalar(item: Any) -> bool:
+    return type(item) in SCALARS and not (type(item) is int and item.bit_length() > MAX_BITS)
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _refusal(what: str, path: list[Any], found: str) -> UsageError:

@@ -238,6 +238,8 @@ class Checkpointing(nn.Module):
 
     def _main_contents(self, client_state: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
         """Return what the first rank's file holds beside the weights."""
+        if not isinstance(client_state, dict):
+            raise UsageError(f"client_state: expected a dict, got a {type(client_state).__name__}")
         taken = sorted(str(key) for key in OWN_KEYS & client_state.keys())
         if taken:
             raise UsageError(f"client_state: {taken[0]!r} is a key of the checkpoint itself; use another one")

@@ -129,6 +129,7 @@ def client_state(folder):
         ({"a": {"b": [engine.batch]}}, r"client_state\['a'\]\['b'\]\[0\]: .*BatchSizes"),
         ({"run": lambda: None}, r"client_state\['run'\]: .*function"),
         ({"module": 1}, "client_state: 'module' is a key of the checkpoint itself"),
+        ([1], "client_state: expected a dict, got a list"),
     ]:
         with pytest.raises(UsageError, match=words):
             engine.save_checkpoint(folder, tag="other", client_state=state)
