@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from deepspeed.checkpoint.manifest import Manifest, Value
-from deepspeed.checkpoint.records import BlockSource, Progress, RecordReader, unseen
+from deepspeed.checkpoint.records import Block, BlockSource, Progress, RecordReader, unseen
 from deepspeed.checkpoint.unpickling import load_safely
 from deepspeed.errors import CheckpointError
+
+Blocks = dict[int, set[Block]]
+"""Blocks by the index of their file."""
 
 
 class Reader(Protocol):
@@ -32,8 +36,11 @@ class Reader(Protocol):
     def structure(self, name: str) -> Any:
         """Return what a file holds besides the values that the manifest knows."""
 
-    def check(self, rank: int = 0, ranks: int = 1) -> None:
-        """Check what was not read yet of one rank's share of the files."""
+    def checked(self) -> Blocks:
+        """Return what was read so far, and so checked."""
+
+    def check(self, rank: int = 0, ranks: int = 1, checked: Sequence[Blocks] = ()) -> None:
+        """Check one rank's share of what is not among the blocks that all ranks have `checked`."""
 
     def close(self) -> None:
         """Close all files."""
@@ -95,16 +102,20 @@ class CheckpointReader:
         reader = self._reader(index)
         for record in range(len(self.manifest.files[index].records)):
             if record not in known:
-                reader.check(record)
+                reader.check(self.manifest.files[index].blocks_of(record))
         return load_safely(reader.path)
 
-    def check(self, rank: int = 0, ranks: int = 1) -> None:
-        """Check what was not read yet of one rank's share of the files."""
+    def checked(self) -> Blocks:
+        """Return what was read so far, and so checked."""
+        return {index: reader.checked for index, reader in self._open.items()}
+
+    def check(self, rank: int = 0, ranks: int = 1, checked: Sequence[Blocks] = ()) -> None:
+        """Check one rank's share of what is not among the blocks that all ranks have `checked`."""
         for index, entry in enumerate(self.manifest.files):
-            if index * ranks // len(self.manifest.files) == rank:
-                reader = self._reader(index)
-                for record in range(len(entry.records)):
-                    reader.check(record)
+            known = set[Block]().union(*(blocks.get(index, ()) for blocks in checked))
+            mine = [block for block in entry.blocks() if block not in known][rank::ranks]
+            if mine or index % ranks == rank:  # opening it checks the rest of it
+                self._reader(index).check(mine)
 
     def _reader(self, index: int) -> RecordReader:
         if index not in self._open:

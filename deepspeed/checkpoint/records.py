@@ -42,6 +42,9 @@ Progress = Callable[[int], object]
 BLOCK = 2**22
 """Bytes under one checksum: what is read at least of a record of that size."""
 
+Block = tuple[int, int]
+"""A record's index in its file, and the block's index in the record."""
+
 _LOCAL_HEADER = 30  # bytes before the name in a zip file's header of a member
 
 
@@ -80,6 +83,14 @@ class FileEntry:
     size: int
     frame: int
     records: list[Record]
+
+    def blocks(self) -> list[Block]:
+        """Return all blocks."""
+        return [block for record in range(len(self.records)) for block in self.blocks_of(record)]
+
+    def blocks_of(self, record: int) -> list[Block]:
+        """Return the blocks of a record."""
+        return [(record, block) for block in range(len(self.records[record].checksums))]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -278,8 +289,7 @@ class RecordWriter(FileWriter):
 class _Reading:
     """A block on its way: what `pending` fills, and the part of it that is the block."""
 
-    index: int
-    block: int
+    block: Block
     pending: Pending
     data: Tensor
 
@@ -319,6 +329,9 @@ class RecordReader:
         entry: what the manifest says of it.
         source: does the reading, a block ahead.
         progress: is told of every read.
+
+    Attributes:
+        checked: blocks that were read.
     """
 
     def __init__(
@@ -329,7 +342,7 @@ class RecordReader:
             self._file = DataFile(path, os.O_RDONLY)
         except OffloadError as error:
             raise CheckpointError(str(error)) from None
-        self._checked: set[tuple[int, int]] = set()  # records and their blocks
+        self.checked: set[Block] = set()
 
     def check_frame(self) -> None:
         """Check the size, and everything that is in no record."""
@@ -343,39 +356,34 @@ class RecordReader:
         if frame != self._entry.frame:
             raise CheckpointError(f"{self.path}: damaged: its headers are not those that were written")
 
-    def check(self, index: int) -> None:
-        """Check what was not read yet of a record."""
-        blocks = range(len(self._entry.records[index].checksums))
-        for _ in self._blocks(index, [one for one in blocks if (index, one) not in self._checked]):
+    def check(self, blocks: Sequence[Block]) -> None:
+        """Check what was not read yet of some blocks."""
+        for _ in self._blocks([block for block in blocks if block not in self.checked]):
             pass
-
-    def check_block(self, index: int, block: int) -> None:
-        """Check a block of a record, unless it was read before."""
-        if (index, block) not in self._checked:
-            self._arrived(self._start(index, block))
 
     def read(self, index: int, dtype: torch.dtype, start: int, out: Tensor) -> None:
         """Fill `out` (flat, any dtype and device) with elements of a record of `dtype`, from `start` on."""
         first, last = start * dtype.itemsize, (start + out.numel()) * dtype.itemsize
-        for block, data in self._blocks(index, range(first // BLOCK, -(-last // BLOCK))):
+        wanted = range(first // BLOCK, -(-last // BLOCK))
+        for (_, block), data in self._blocks([(index, block) for block in wanted]):
             low, high = max(first - block * BLOCK, 0), min(last - block * BLOCK, data.numel())
             done = (block * BLOCK + low - first) // dtype.itemsize
             part = data[low:high].view(dtype)
             out[done : done + part.numel()].copy_(part)
 
-    def _blocks(self, index: int, blocks: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Yield blocks of a record and their bytes, checked, which are good until the next one."""
-        ahead = self._start(index, blocks[0]) if blocks else None
+    def _blocks(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Tensor]]:
+        """Yield blocks and their bytes, checked, which are good until the next one."""
+        ahead = self._start(blocks[0]) if blocks else None
         for block, after in itertools.zip_longest(blocks, blocks[1:]):
             assert ahead is not None
-            current, ahead = ahead, None if after is None else self._start(index, after)
+            current, ahead = ahead, None if after is None else self._start(after)
             yield block, self._arrived(current)
 
-    def _start(self, index: int, block: int) -> _Reading:
-        record = self._entry.records[index]
-        begin = record.offset + block * BLOCK
-        end = begin + min(BLOCK, record.nbytes - block * BLOCK)
-        return _Reading(index, block, *self._source.start(self._file, begin, end))
+    def _start(self, block: Block) -> _Reading:
+        record = self._entry.records[block[0]]
+        begin = record.offset + block[1] * BLOCK
+        end = begin + min(BLOCK, record.nbytes - block[1] * BLOCK)
+        return _Reading(block, *self._source.start(self._file, begin, end))
 
     def _arrived(self, reading: _Reading) -> Tensor:
         """Wait for a block, and check it."""
@@ -383,13 +391,14 @@ class RecordReader:
             reading.pending.wait()
         except OffloadError as error:
             raise CheckpointError(str(error)) from None
-        record, data = self._entry.records[reading.index], reading.data
-        if zlib.crc32(bytes_of(data).data) != record.checksums[reading.block]:
-            where = record.offset + reading.block * BLOCK
+        index, block = reading.block
+        record, data = self._entry.records[index], reading.data
+        if zlib.crc32(bytes_of(data).data) != record.checksums[block]:
+            where = record.offset + block * BLOCK
             raise CheckpointError(
                 f"{self.path}: damaged: bytes {where} to {where + data.numel()} are not those that were written"
             )
-        self._checked.add((reading.index, reading.block))
+        self.checked.add(reading.block)
         self._progress(data.numel())
         return data
 

@@ -429,9 +429,8 @@ class Checkpointing(nn.Module):
         if self.training_dataloader is not None and reader.manifest.about["data"] is not None:
             self.training_dataloader.load_state_dict(reader.manifest.about["data"])
         self._together("load_checkpoint", lambda: self._restore_randomness(reader))
-        self._together(
-            "load_checkpoint", lambda: reader.check(self.data_parallel.rank, self.data_parallel.size)
-        )
+        ranks, checked = self.data_parallel, self._all(reader.checked())
+        self._together("load_checkpoint", lambda: reader.check(ranks.rank, ranks.size, checked))
 
     def _restore_extra_state(self, saved: dict[str, Any]) -> None:
         """Hand modules what their ``get_extra_state`` returned, where it is no tensor."""

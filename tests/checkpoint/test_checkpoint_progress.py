@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from io import StringIO
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from checkpoint_runs import make_engine, train
 from harness import run_on_ranks
 from rich.console import Console
 
+from deepspeed.checkpoint.manifest import Manifest
 from deepspeed.common.progress import ByteBar
 from deepspeed.config.checkpoint import CheckpointWriterSection
 from deepspeed.engine import checkpointing
@@ -56,6 +59,31 @@ def bars(folder, stage):
 def test_a_bar_is_on_the_first_rank_only_and_goes_when_it_is_done(stage):
     with tempfile.TemporaryDirectory() as folder:
         run_on_ranks(2, bars, folder, stage)
+
+
+def bytes_read(folder, saved, loaded):
+    engine = make_engine(saved, "bf16")
+    train(engine, [0])
+    engine.save_checkpoint(folder)
+    engine = make_engine(loaded, "bf16")
+    checkpointing.ByteBar = screens = Screens()
+    try:
+        engine.load_checkpoint(folder)
+    finally:
+        checkpointing.ByteBar = ByteBar
+    (bar, _), read = screens.bars[0], [torch.tensor(0), torch.tensor(0)]
+    dist.all_gather(read, torch.tensor(bar.done))
+    manifest = Manifest.read(Path(folder) / "global_step1")
+    assert sum(read) == sum(record.nbytes for entry in manifest.files for record in entry.records)
+    weights = sum(value.numel() for value in engine.module.state_dict().values()) * 2
+    assert abs(read[0] - read[1]) < weights / 2, read
+    engine.destroy()
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(1, 2), (2, 2)])
+def test_ranks_together_read_every_byte_once_and_share_what_nobody_needs(saved, loaded):
+    with tempfile.TemporaryDirectory() as folder:
+        run_on_ranks(2, bytes_read, folder, saved, loaded)
 
 
 def bar_of_a_failed_save(folder):

@@ -111,14 +111,14 @@ def _damages(path: Path, entry: FileEntry, source: BlockSource, progress: Progre
         reader.check_frame()
     except CheckpointError as error:
         found.append(Damage(entry.name, None, None, str(error)))
-    for index, record in enumerate(entry.records):
-        for block in range(len(record.checksums)):
-            try:
-                reader.check_block(index, block)
-            except CheckpointError as error:
-                start = record.offset + block * BLOCK
-                stop = min(start + BLOCK, record.offset + record.nbytes)
-                found.append(Damage(entry.name, start, stop, str(error)))
+    for block in entry.blocks():
+        try:
+            reader.check([block])
+        except CheckpointError as error:
+            record = entry.records[block[0]]
+            start = record.offset + block[1] * BLOCK
+            stop = min(start + BLOCK, record.offset + record.nbytes)
+            found.append(Damage(entry.name, start, stop, str(error)))
     reader.close()
     return _merged(path, found)
 
