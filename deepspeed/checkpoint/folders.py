@@ -22,7 +22,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from deepspeed.checkpoint.manifest import NAME, Manifest
-from deepspeed.errors import CheckpointError
+from deepspeed.checkpoint.script import SCRIPT
+from deepspeed.common.logging import logger
+from deepspeed.errors import CheckpointError, UsageError
 
 LATEST = "latest"
 NUMBERED = re.compile(r"global_step\d+")
@@ -40,6 +42,19 @@ def optimizer_file(rank: int, *, bf16: bool) -> str:
     return f"{'bf16_' if bf16 else ''}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
 
+def checked_tag(tag: str) -> str:
+    """Return a tag as `latest` can name it.
+
+    Raises:
+        UsageError: it cannot be the name of a checkpoint.
+    """
+    if tag in (LATEST, SCRIPT) or tag != tag.strip() or "\0" in tag:
+        raise UsageError(
+            f"tag: expected a name other than {LATEST!r} and {SCRIPT!r}, without space around it, got {tag!r}"
+        )
+    return os.path.normpath(tag)
+
+
 def partial_folder(save_dir: Path, tag: str) -> Path:
     """Return where a checkpoint is written before it is one."""
     target = Path(os.path.normpath(save_dir / tag))
@@ -50,7 +65,10 @@ def partial_folder(save_dir: Path, tag: str) -> Path:
 
 def begin(save_dir: Path, tag: str) -> Path:
     """Make an empty temporary folder."""
-    folder = partial_folder(save_dir, tag)
+    folder, target = partial_folder(save_dir, tag), save_dir / tag
+    save_dir.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target}: a file, where the folder of the checkpoint is to be")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -67,9 +85,9 @@ def commit(save_dir: Path, tag: str, manifest: Manifest, *, latest: bool) -> Pat
             )
     manifest.write(folder)
     _sync(folder)
-    if folder.parent == target:
+    if folder.parent == Path(os.path.normpath(target)):
         _move_into(folder, target)
-    elif target.exists():
+    elif os.path.lexists(target):
         _exchange(folder, target)
     else:
         os.rename(folder, target)
@@ -80,22 +98,29 @@ def commit(save_dir: Path, tag: str, manifest: Manifest, *, latest: bool) -> Pat
     return target
 
 
-def prune(save_dir: Path, keep: int) -> None:
-    """Remove all but the newest `keep` whole checkpoints whose tags are numbered, ``latest``'s never.
+def prune(save_dir: Path, keep: int, saved: str) -> None:
+    """Remove all but the newest `keep` whole checkpoints whose tags are numbered, ``latest``'s and `saved` never.
 
     One goes out of sight by a rename before anything of it is removed. Tags that a user has chosen stay, and so does
-    what is damaged.
+    what is damaged or a link. What cannot be removed stays, too, with a warning: the new checkpoint is whole.
     """
     with suppress(OSError):
         for left in save_dir.glob(".*.removed"):
             shutil.rmtree(left, ignore_errors=True)
-    numbered = [tag for tag in whole_checkpoints(save_dir) if NUMBERED.fullmatch(tag)]
-    latest = read_latest(save_dir)
-    for tag in numbered[keep:]:
-        if tag != latest:
-            removed = save_dir / f".{tag}.removed"
-            os.rename(save_dir / tag, removed)
-            shutil.rmtree(removed, ignore_errors=True)
+    numbered = [
+        tag
+        for tag in whole_checkpoints(save_dir)
+        if NUMBERED.fullmatch(tag) and not (save_dir / tag).is_symlink()
+    ]
+    try:
+        kept = {saved, read_latest(save_dir)}
+        for tag in numbered[keep:]:
+            if tag not in kept:
+                removed = save_dir / f".{tag}.removed"
+                os.rename(save_dir / tag, removed)
+                shutil.rmtree(removed, ignore_errors=True)
+    except (CheckpointError, OSError) as error:
+        logger.warning("checkpoint.keep_last: older checkpoints stay: %s", error)
 
 
 def give_up(save_dir: Path, tag: str) -> None:
@@ -126,7 +151,10 @@ def read_latest(load_dir: Path) -> str | None:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not tag:
         raise CheckpointError(f"{path}: empty")
-    if find(load_dir, tag) is None:
+    found = None
+    with suppress(OSError):  # no name of a file
+        found = find(load_dir, tag)
+    if found is None:
         raise CheckpointError(f"{path}: names {tag!r}, which is not there")
     return tag
 
@@ -158,18 +186,26 @@ def _old(target: Path) -> Path:
 def _exchange(folder: Path, target: Path) -> None:
     """Put a new checkpoint in the place of an old one of the same tag; files of others stay."""
     old = _old(target)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     own = {NAME}
     with suppress(CheckpointError):
         own |= {entry.name for entry in Manifest.read(target).files}
     os.rename(target, old)
     os.rename(folder, target)
-    for path in old.iterdir():
+    for path in () if old.is_symlink() else old.iterdir():  # what a link names is of others
         if path.name not in own and not (target / path.name).exists():
             os.rename(path, target / path.name)
     _sync(target)
     _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link to one but not what it names."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _move_into(folder: Path, target: Path) -> None:

@@ -138,10 +138,10 @@ class Save:
             self._path_of(rank).unlink()
         if self.commit.safetensors:
             add_safetensors(folders.partial_folder(self.folder, self.tag), manifest)
-        folders.commit(self.folder, self.tag, manifest, latest=self.commit.latest)
         write_script(self.folder)
+        folders.commit(self.folder, self.tag, manifest, latest=self.commit.latest)
         if self.commit.keep_last:
-            folders.prune(self.folder, self.commit.keep_last)
+            folders.prune(self.folder, self.commit.keep_last, self.tag)
 
     def abandon(self) -> None:
         """Close the files and, on the first rank, remove what is there of them."""

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 def write_script(save_dir: Path) -> None:
     """Put the script beside the checkpoints of a folder."""
     path, aside = save_dir / SCRIPT, save_dir / f".{SCRIPT}.partial"
-    if path.is_file() and path.read_text() == TEXT:
+    if path.is_file() and path.read_bytes() == TEXT.encode():
         return
     aside.write_text(TEXT)
     aside.chmod(0o755)

@@ -126,6 +126,7 @@ class Checkpointing(nn.Module):
         tag = self._agreed_tag(
             "save_checkpoint", f"global_step{self.global_steps}" if tag is None else str(tag)
         )
+        tag = folders.checked_tag(tag)
         self._together("save_checkpoint", lambda: self._begin_saving(folder, tag))
         bar = ByteBar(f"saving {folder / tag}", shown=self.data_parallel.rank == 0 and not self._saves_later)
         save = self._together(
