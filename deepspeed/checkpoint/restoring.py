@@ -60,6 +60,7 @@ class Restorer:
     Args:
         reader: of the checkpoint.
         module: the model.
+        reshaped: another shape than the saved one is no error: such tensors are left as they are.
 
     Attributes:
         fit: how the names fit.
@@ -67,7 +68,7 @@ class Restorer:
         fresh: trained parameters whose optimizer states the checkpoint has not.
     """
 
-    def __init__(self, reader: Reader, module: nn.Module) -> None:
+    def __init__(self, reader: Reader, module: nn.Module, *, reshaped: bool = False) -> None:
         self.failure: CheckpointError | None = None
         self.fresh: list[str] = []
         self._reader = reader
@@ -75,11 +76,11 @@ class Restorer:
         self._module = module
         self._state: dict[str, Any] = module.state_dict(keep_vars=True)
         self._names = names_of(module, self._state)
-        self.fit = self._match()
+        self.fit = self._match(reshaped=reshaped)
 
     # -- names and shapes -------------------------------------------------------------------------
 
-    def _match(self) -> Fit:
+    def _match(self, *, reshaped: bool) -> Fit:
         saved = self._reader.manifest.parameters
         known = {alias: name for name, about in saved.items() for alias in (name, *about["aliases"])}
         fit = Fit()
@@ -92,8 +93,14 @@ class Restorer:
                 if not (self._frozen_are_left_out and _is_frozen(tensor)):
                     fit.missing.append(name)
                 continue
-            fit.names[name] = match
-            self._check_shape(name, tensor, saved[match]["shape"])
+            mine, shape = _shape_of(tensor), saved[match]["shape"]
+            if mine == shape:
+                fit.names[name] = match
+            elif not reshaped:
+                raise UsageError(
+                    f"{self._reader.folder}: {name}: expected shape {mine} of the model, but {shape} was saved; "
+                    "load it into the model it was saved from, or with a custom_load_fn that makes it fit"
+                )
         used = set(fit.names.values())
         fit.unexpected = [name for name in saved if name not in used]
         return fit
@@ -103,15 +110,6 @@ class Restorer:
         """Whether frozen weights may be missing without their names being told: the original saves none."""
         about = self._reader.manifest.about
         return "imported" in about and bool(about["frozen_left_out"])
-
-    def _check_shape(self, name: str, tensor: Tensor, shape: list[int]) -> None:
-        slot = slot_of(tensor)
-        mine = list(tensor.shape if slot is None else slot.unit.shape_of(slot.index))
-        if mine != shape:
-            raise UsageError(
-                f"{self._reader.folder}: {name}: expected shape {mine} of the model, but {shape} was saved; "
-                "load it into the model it was saved from"
-            )
 
     def _find(self, unit: Unit, index: int, kinds: Iterable[str]) -> Value | None:
         """Return the first of some kinds of values that the checkpoint has of a parameter."""
@@ -281,6 +279,11 @@ class Restorer:
         except CheckpointError as error:
             self.failure = error
         return self.failure is None
+
+
+def _shape_of(tensor: Tensor) -> list[int]:
+    slot = slot_of(tensor)
+    return list(tensor.shape if slot is None else slot.unit.shape_of(slot.index))
 
 
 def _is_frozen(tensor: Tensor) -> bool:

@@ -300,7 +300,7 @@ class Checkpointing(nn.Module):
             load_lr_scheduler_states: restore the schedule.
             load_module_only: restore nothing but weights and buffers.
             custom_load_fn: called with ``src`` (whole weights by name) and ``dst`` (the module, whole) after the
-                weights whose names fit were loaded, to load the others.
+                weights whose names and shapes fit were loaded, to load the others.
 
         Returns:
             The checkpoint's folder and its client state; (None, None), with a warning, where there is none.
@@ -388,7 +388,7 @@ class Checkpointing(nn.Module):
 
     def _fitting(self, reader: Reader, wanted: Wanted) -> Restorer:
         """Match names; refuse what does not fit before anything is changed."""
-        restorer = Restorer(reader, self.module)
+        restorer = Restorer(reader, self.module, reshaped=wanted.custom is not None)
         complaint = restorer.fit.complaint()
         if complaint and wanted.custom is None:
             if wanted.strict:
@@ -414,8 +414,7 @@ class Checkpointing(nn.Module):
         if wanted.custom is not None:
             whole = restorer.whole()
             self._together("load_checkpoint", lambda: _raise(restorer.failure))
-            with GatheredParameters(list(self.module.parameters()), modifier_rank=0):
-                wanted.custom(src=whole, dst=self.module)
+            self._load_custom(wanted.custom, whole)
         if wanted.module_only:
             return
         self._micro_batches, self._accumulating = 0, False
@@ -432,6 +431,17 @@ class Checkpointing(nn.Module):
         self._together("load_checkpoint", lambda: self._restore_randomness(reader))
         ranks, checked = self.data_parallel, self._all(reader.checked())
         self._together("load_checkpoint", lambda: reader.check(ranks.rank, ranks.size, checked))
+
+    def _load_custom(self, load: Callable[..., Any], whole: dict[str, Any]) -> None:
+        """Call the user's function on every rank; an error of one is raised on all."""
+        error: UsageError | None = None
+        with GatheredParameters(list(self.module.parameters()), modifier_rank=0):
+            try:
+                load(src=whole, dst=self.module)
+            except Exception as caught:
+                error = UsageError(f"custom_load_fn: {type(caught).__name__}: {caught}")
+                error.__cause__ = caught
+        raise_together(error, self.data_parallel.process_group, label="load_checkpoint")
 
     def _restore_extra_state(self, saved: dict[str, Any]) -> None:
         """Hand modules what their ``get_extra_state`` returned, where it is no tensor."""

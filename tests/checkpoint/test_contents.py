@@ -265,8 +265,34 @@ def other_names(folder, stage):
         UsageError, match=r"layer.weight: expected shape \[5, 5\] of the model, but \[4, 4\] was saved"
     ):
         wide.load_checkpoint(folder)
+
+    def widening(src, dst):
+        dst.layer.weight[:4, :4].copy_(src["layer.weight"])
+
+    with torch.no_grad():
+        wide.load_checkpoint(folder, custom_load_fn=widening)
+    assert torch.equal(wide.module_state_dict()["layer.weight"][:4, :4], theirs["layer.weight"])
+    assert safe_get_full_optimizer_state(wide.module.layer.weight, "exp_avg") is None
     for one in (engine, other, wide):
         one.destroy()
+
+
+def raising(folder):
+    engine = engine_of(WithBuffers(), 3)
+    engine.save_checkpoint(folder)
+
+    def raised_on_the_second(src, dst):
+        if dist.get_rank() == 1:
+            raise ValueError("cannot convert")
+
+    with pytest.raises(UsageError, match="custom_load_fn: ValueError: cannot convert"):
+        engine.load_checkpoint(folder, custom_load_fn=raised_on_the_second)
+    step(engine)
+    engine.destroy()
+
+
+def test_what_a_custom_function_raises_on_one_rank_is_raised_on_all():
+    in_folder(2, raising)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

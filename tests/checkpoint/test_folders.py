@@ -38,13 +38,13 @@ def test_latest_names_any_tag_so_that_it_is_found(tmp_path, tag, named):
 
 @pytest.mark.parametrize("tag", ["latest", "zero_to_fp32.py", " space", "line\n", "a\0b"])
 def test_a_tag_that_latest_cannot_name_is_refused(tag):
-    with pytest.raises(UsageError, match="^tag: expected"):
+    with pytest.raises(UsageError, match=r"^tag: expected"):
         folders.checked_tag(tag)
 
 
 def test_a_file_in_the_place_of_a_checkpoint_stays_and_is_named(tmp_path):
     (tmp_path / "tag").write_text("mine")
-    with pytest.raises(CheckpointError, match="tag: a file, where"):
+    with pytest.raises(CheckpointError, match=r"tag: a file, where"):
         folders.begin(tmp_path, "tag")
     assert (tmp_path / "tag").read_text() == "mine"
     assert names(tmp_path) == ["tag"]
@@ -67,7 +67,7 @@ def test_a_link_in_the_place_of_a_checkpoint_is_replaced_and_what_it_names_stays
 
 def test_a_latest_that_is_no_name_at_all_is_said(tmp_path):
     (tmp_path / "latest").write_text("x" * 5000)
-    with pytest.raises(CheckpointError, match="latest: names 'xxx.*not there"):
+    with pytest.raises(CheckpointError, match=r"latest: names .xxx.*not there"):
         folders.read_latest(tmp_path)
 
 
