@@ -7,7 +7,7 @@ stay what is in the file (`unpickling.Inert`): nothing of it is run or has to be
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from deepspeed.checkpoint.original_run import OWN_KEYS, about_run, group_options
 from deepspeed.checkpoint.original_values import Part, Ranges, read_chunks, read_partitions
 from deepspeed.checkpoint.original_whole import read_whole
 from deepspeed.checkpoint.reading import Blocks
-from deepspeed.checkpoint.records import FileEntry, Progress, unseen
+from deepspeed.checkpoint.records import BLOCK, FileEntry, Progress, unseen
 from deepspeed.checkpoint.unpickling import Inert, load_safely
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.errors import CheckpointError
@@ -247,16 +247,32 @@ class OriginalReader:
     def check(self, rank: int = 0, ranks: int = 1, checked: Sequence[Blocks] = ()) -> None:
         """Compare one rank's share of the files with the checksums in them."""
         for path in self._paths()[rank::ranks]:
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    damaged = archive.testzip()
-            except (zipfile.BadZipFile, OSError, EOFError) as error:
-                raise CheckpointError(f"{path}: damaged: {error}") from None
-            if damaged is not None:
-                raise CheckpointError(f"{path}: damaged: {damaged} in it is not what was written")
+            for damage in damages_in(path):
+                raise CheckpointError(damage)
 
     def close(self) -> None:
         """Do nothing: no file is open, and what is mapped goes with what uses it."""
+
+
+def damages_in(path: Path) -> Iterator[str]:
+    """Compare a torch file with the checksums in it; say what of it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if not _is_whole(archive, info):
+                    yield f"{path}: damaged: {info.filename} in it is not what was written"
+    except (zipfile.BadZipFile, OSError) as error:
+        yield f"{path}: cut or damaged: {error}"
+
+
+def _is_whole(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(info) as member:
+            while member.read(BLOCK):
+                pass
+    except (zipfile.BadZipFile, EOFError):
+        return False
+    return True
 
 
 def _states_in(path: Path) -> dict[str, Any]:

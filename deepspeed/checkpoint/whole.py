@@ -34,6 +34,7 @@ class SavedTensor:
         self.shape = torch.Size(value.shape)
         self.dtype = dtype
         self._reader, self._value = reader, value
+        self._narrowed = False
 
     @property
     def nbytes_saved(self) -> int:
@@ -44,12 +45,32 @@ class SavedTensor:
         """Return the number of elements."""
         return self.shape.numel()
 
+    def narrow(self, dtype: torch.dtype) -> None:
+        """Let `ranges` give it in a dtype that cannot hold all values; one that is too large is an error then."""
+        self._narrowed = dtype != self.dtype
+        self.dtype = dtype
+
     def ranges(self) -> Iterator[Tensor]:
-        """Read it a range after the other, flat."""
+        """Read it a range after the other, flat.
+
+        Raises:
+            UsageError: a value is beyond those of the dtype that it is narrowed to.
+        """
         for start in range(0, self.numel(), STEP):
-            part = torch.empty(min(STEP, self.numel() - start), dtype=self.dtype)
+            numel = min(STEP, self.numel() - start)
+            part = torch.empty(numel, dtype=self._value.torch_dtype if self._narrowed else self.dtype)
             self._reader.read(self._value, start, part)
-            yield part
+            yield self._narrow(part) if self._narrowed else part
+
+    def _narrow(self, part: Tensor) -> Tensor:
+        made = part.to(self.dtype)
+        beyond = part[made.isinf() & part.isfinite()]
+        if beyond.numel():
+            raise UsageError(
+                f"{self.names[0]}: {beyond[0].item():g} is beyond what {self.dtype} holds, at most "
+                f"{torch.finfo(self.dtype).max:g} (--dtype): write it as fp32"
+            )
+        return made
 
     def contiguous(self) -> Tensor:
         """Read it whole."""

@@ -430,6 +430,26 @@ def test_export_cuts_files_where_it_is_told(made, tmp_path, call):
     assert "max_shard_size: expected bytes or a size such as '5GB'" in said
 
 
+def large_values(folder):
+    engine = make_engine(1)
+    with torch.no_grad():
+        engine.module.gain.fill_(1e5)
+        engine.module.head.weight.view(-1)[0] = float("inf")
+    engine.save_checkpoint(folder)
+    engine.destroy()
+
+
+def test_export_refuses_values_that_the_dtype_does_not_hold(tmp_path, call):
+    run_on_ranks(1, large_values, str(tmp_path / "kept"))
+    code, said = call("export", tmp_path / "kept", tmp_path / "out", "--dtype", "fp16")
+    assert code == 2
+    assert "gain: 100000 is beyond what torch.float16 holds, at most 65504" in said
+    assert not any((tmp_path / "out").iterdir())
+    assert call("export", tmp_path / "kept", tmp_path / "out", "--dtype", "bf16")[0] == 0
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found["head.weight"].flatten()[0] == float("inf")
+
+
 # -- what cannot be done --------------------------------------------------------------------------
 
 

@@ -130,6 +130,26 @@ def test_a_damaged_original_is_found_and_not_imported(tmp_path, capsys):
     assert f"{path.name}: missing" in one["problem"]
 
 
+def test_verify_finds_all_damages_of_an_original(tmp_path, capsys):
+    shutil.copytree(FOLDER / "stage2-bf16", tmp_path / "kept")
+    folder = tmp_path / "kept" / "global_step2"
+    damaged = sorted(folder.glob("*_states.pt"))
+    for path in damaged[:2]:
+        with zipfile.ZipFile(path) as archive:
+            infos = sorted(archive.infolist(), key=lambda one: one.file_size)[-2:]
+        data = bytearray(path.read_bytes())
+        for info in infos:
+            data[info.header_offset + info.file_size] ^= 1
+        path.write_bytes(data)
+    damaged[2].unlink()
+    code, found = call(capsys, "verify", tmp_path / "kept", "--json")
+    texts = [one["text"] for one in found["checkpoints"][0]["damages"]]
+    assert code == 1
+    assert [sum(f"{path.name}: damaged" in text for text in texts) for path in damaged[:2]] == [2, 2]
+    assert f"{damaged[2].name}: missing" in texts[-1]
+    assert len(texts) == 5
+
+
 def test_what_is_there_already_is_not_imported(tmp_path, capsys):
     case = FOLDER / "stage1-bf16"
     assert call(capsys, "import", case, tmp_path)[0] == 0

@@ -26,7 +26,7 @@ def run(asked: argparse.Namespace) -> int:
         tensors = whole_weights(reader, exclude_frozen=asked.exclude_frozen_parameters)
         for tensor in tensors:
             if tensor.dtype.is_floating_point:
-                tensor.dtype = DTYPES[asked.dtype]
+                tensor.narrow(DTYPES[asked.dtype])
             bar.expect(tensor.nbytes_saved)
         reader.progress = bar.advance
         written = write_tensors(tensors, asked.out, NAMES[asked.format], max_bytes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from rich.filesize import decimal
 from deepspeed.checkpoint import folders
 from deepspeed.checkpoint.manifest import NAME, Manifest
 from deepspeed.checkpoint.opening import open_folder
+from deepspeed.checkpoint.original import damages_in
 from deepspeed.checkpoint.records import BLOCK, BlockSource, FileEntry, Progress, RecordReader
 from deepspeed.checkpoint.tools.contents import PATIENCE
 from deepspeed.checkpoint.tools.finding import PARTIAL, locate, survey, tag_of
@@ -86,13 +86,18 @@ def verified(folder: Path) -> Report:
 
 
 def _verified_original(folder: Path, tag: str) -> Report:
-    """Compare the checksums that torch files have themselves; what is damaged first is found."""
+    """Compare the checksums that torch files have themselves, and whether the files belong together."""
+    damages: list[Damage] = []
+    nbytes = 0
+    for path in sorted(folder.glob("*_states.pt")):
+        damages += [Damage(path.name, None, None, text) for text in damages_in(path)]
+        nbytes += path.stat().st_size
     try:
-        with closing(open_folder(folder)) as reader:
-            reader.check()
-            return Report(tag, folder, sum(entry.size for entry in reader.manifest.files), [])
+        open_folder(folder).close()
     except CheckpointError as error:
-        return Report(tag, folder, 0, [Damage(None, None, None, str(error))])
+        if not any(f"{one.file}:" in str(error) for one in damages):
+            damages.append(Damage(None, None, None, str(error)))
+    return Report(tag, folder, nbytes, damages)
 
 
 def _damages(path: Path, entry: FileEntry, source: BlockSource, progress: Progress) -> list[Damage]:
