@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from deepspeed.checkpoint.contents import leaf_shape, names_of
 from deepspeed.checkpoint.manifest import MASTER, STATE, WEIGHT, Value
 from deepspeed.checkpoint.reading import Reader
-from deepspeed.errors import CheckpointError, UsageError
+from deepspeed.errors import CheckpointError, OffloadError, UsageError
 from deepspeed.zero.access import changing
 from deepspeed.zero.leaves import Leaf
 from deepspeed.zero.optimizer import ZeroOptimizer
@@ -64,12 +64,12 @@ class Restorer:
 
     Attributes:
         fit: how the names fit.
-        failure: the first error that reading met.
+        failure: the first error that reading met, or the disk that states are offloaded to.
         fresh: trained parameters whose optimizer states the checkpoint has not.
     """
 
     def __init__(self, reader: Reader, module: nn.Module, *, reshaped: bool = False) -> None:
-        self.failure: CheckpointError | None = None
+        self.failure: CheckpointError | OffloadError | None = None
         self.fresh: list[str] = []
         self._reader = reader
         self._values = reader.manifest.values
@@ -147,23 +147,27 @@ class Restorer:
                         self._restore_stored(unit)
             if optimizer is not None:
                 optimizer.refill_groups()
+                self.failure = self.failure or optimizer.states.failure
             self._restore_rest()
 
     def _restore_trained(self, unit: Unit, optimizer: ZeroOptimizer, *, states: bool) -> None:
         if states:
             self._separate(unit, optimizer)
-        for leaf in optimizer.states.leaves[unit]:
-            with optimizer.states.renewing(leaf):
-                self._read_pieces(
-                    leaf,
-                    leaf.tensor,
-                    {p.index: self._best(unit.names[p.index], leaf.tensor.dtype) for p in leaf.pieces},
-                )
-                if states:
-                    self._restore_states(leaf, optimizer)
-                leaf.write_out()
+        with optimizer.states.noting_failure():
+            for leaf in optimizer.states.leaves[unit]:
+                with optimizer.states.renewing(leaf):
+                    self._restore_leaf(leaf, optimizer, states=states)
         optimizer.states.deliver(unit)
         unit.publish()
+
+    def _restore_leaf(self, leaf: Leaf, optimizer: ZeroOptimizer, *, states: bool) -> None:
+        dtype, names = leaf.tensor.dtype, leaf.unit.names
+        self._read_pieces(
+            leaf, leaf.tensor, {p.index: self._best(names[p.index], dtype) for p in leaf.pieces}
+        )
+        if states:
+            self._restore_states(leaf, optimizer)
+        leaf.write_out()
 
     def _restore_stored(self, unit: Unit) -> None:
         """Fill what this rank keeps of a unit that nobody updates."""

@@ -565,6 +565,6 @@ def _not_tensors(state: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _raise(error: CheckpointError | None) -> None:
+def _raise(error: DeepSpeedError | None) -> None:
     if error is not None:
         raise error

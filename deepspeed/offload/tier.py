@@ -6,7 +6,8 @@
 Note [Reading ahead, writing behind]
 `prefetch` starts a read and `put` a write, and neither waits. A buffer belongs to the request that uses it until
 that is done, so there are never more buffers than asked for, except where the work in hand itself needs more.
-A write that failed is known when its buffer is wanted again, or at `drain`, whichever comes first.
+A write that failed is known when its buffer is wanted again, or at `drain`, whichever comes first, and noted: no
+parcel is brought in from then on.
 
 Note [Buffers remember]
 A buffer whose parcel is away and unchanged on the disk keeps its contents until it is needed for another one, the
@@ -95,7 +96,11 @@ class NotesFailure:
         try:
             yield
         except OffloadError as error:
-            self._noted = self._noted or str(error)
+            self.note(error)
+
+    def note(self, error: OffloadError) -> None:
+        """Keep an error, if it is the first."""
+        self._noted = self._noted or str(error)
 
 
 class DiskTier(NotesFailure):
@@ -176,9 +181,15 @@ class DiskTier(NotesFailure):
                 self._read(parcel, buffer)
 
     def fetch(self, parcel: Parcel) -> None:
-        """Bring a parcel in."""
+        """Bring a parcel in.
+
+        Raises:
+            OffloadError: it cannot be read, or something could not be written and is not what it should be.
+        """
         if parcel.is_here:
             return
+        if self.noted_failure is not None:
+            raise self.noted_failure
         if parcel.reading is None and not self._recall(parcel):
             self._read(parcel, self._take(parcel.nbytes))
         if parcel.reading is not None:
@@ -353,7 +364,8 @@ class DiskTier(NotesFailure):
         pending, buffer, parcel = self._writing.popleft()
         try:
             pending.wait()
-        except OffloadError:
+        except OffloadError as error:
+            self.note(error)  # who meets it may go on, and the disk has something else
             self._free.append(buffer)
             raise
         if parcel is None:

@@ -1,22 +1,26 @@
 """Read and write single parameters' master weights, gradients and optimizer state, wherever they are.
 
 Every function that returns or takes a *full* value is collective: all data-parallel ranks must call it, for
-the same parameters in the same order. The *local* ones see this rank's piece, flattened.
+the same parameters in the same order; where one of them cannot read its disk, all raise OffloadError. The
+*local* ones see this rank's piece, flattened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from deepspeed import comm
-from deepspeed.errors import UsageError
+from deepspeed.errors import OffloadError, UsageError
 from deepspeed.zero.slot import TrainedSlot, trained_slot
 from deepspeed.zero.unit import Unit, VisitRange
+
+Result = TypeVar("Result")
 
 
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
@@ -25,7 +29,7 @@ def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     if slot is None:
         return None
     slot.unit.adopt_edits()
-    return _assemble(slot, _read(slot, slot.unit.visit_master))
+    return _assemble(slot, _together(slot, lambda: _read(slot, slot.unit.visit_master)))
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
@@ -45,7 +49,8 @@ def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
     slot = trained_slot(param)
     if slot is None or slot.gradients.landed.is_empty:
         return None
-    return _assemble(slot, _read(slot, slot.gradients.landed.visit)) / slot.optimizer.gradient_divisor
+    local = _together(slot, lambda: _read(slot, slot.gradients.landed.visit))
+    return _assemble(slot, local) / slot.optimizer.gradient_divisor
 
 
 def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
@@ -54,7 +59,8 @@ def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
     _check_shape(param, value)
     if slot.gradients.landed.is_empty:
         raise UsageError("safe_set_full_grad: there is no gradient yet; call it between backward and step")
-    _write_whole(slot, slot.gradients.landed.visit, value * slot.optimizer.gradient_divisor)
+    summed = value * slot.optimizer.gradient_divisor
+    _together(slot, lambda: _write_whole(slot, slot.gradients.landed.visit, summed))
 
 
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
@@ -62,7 +68,7 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
     slot = trained_slot(param)
     if slot is None:
         return None
-    local = _read(slot, _state(slot, optim_state_key))
+    local = _together(slot, lambda: _read(slot, _state(slot, optim_state_key)))
     return _assemble(slot, local) if _anywhere(slot, local is not None) else None
 
 
@@ -70,7 +76,7 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
     """Set one state tensor of a parameter; `value` has the parameter's shape."""
     slot = _trained(param)
     _check_shape(param, value)
-    written = _write_whole(slot, _state(slot, optim_state_key), value)
+    written = _together(slot, lambda: _write_whole(slot, _state(slot, optim_state_key), value))
     if not _anywhere(slot, written):
         raise UsageError(
             f"safe_set_full_optimizer_state: there is no {optim_state_key} of {slot.name} yet; states are made "
@@ -146,6 +152,19 @@ def _check_shape(param: nn.Parameter, value: Tensor) -> None:
 
 def _state(slot: TrainedSlot, key: str) -> VisitRange:
     return partial(slot.optimizer.states.visit_state, slot.unit, key)
+
+
+def _together(slot: TrainedSlot, action: Callable[[], Result]) -> Result:
+    """Read or set this rank's part; an OffloadError of one rank is raised on all."""
+    result: Any = None
+    error = None
+    try:
+        result = action()
+    except OffloadError as caught:
+        error = caught
+    slot.optimizer.raise_together(error)
+    done: Result = result
+    return done
 
 
 def _read(slot: TrainedSlot, visit: VisitRange) -> Tensor | None:

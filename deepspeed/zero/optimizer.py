@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed import comm
-from deepspeed.comm.agreement import raise_together
+from deepspeed.comm import agreement
 from deepspeed.errors import OffloadError, UsageError
 from deepspeed.zero.gatherer import Gatherer
 from deepspeed.zero.gradients import UnitGradients
@@ -107,7 +107,8 @@ class ZeroOptimizer(WrappedOptimizer):
         self._norm: Tensor | None = None
         self._hooks_before = OrderedDict()
         self._hooks_after = OrderedDict()
-        self._replace_params()
+        with states.noting_failure():
+            self._replace_params()
         self.parking = Parking(self._states)
         self._fuses = hasattr(inner, "update_leaf")
         units = self.units if gatherer is None else [*self.units, *gatherer.units]
@@ -115,7 +116,7 @@ class ZeroOptimizer(WrappedOptimizer):
         if gatherer is not None:
             reducer.on_complete = gatherer.gradients_arrived
             gatherer.raised_by_step = True
-        self._raise_together(self.states.failure)
+        self.raise_together(self.states.failure)
         for gradients in reducer.gradients:
             for index, param in enumerate(gradients.unit.params):
                 param.ds_slot = TrainedSlot(gradients.unit, index, self, gradients)  # type: ignore[attr-defined]
@@ -183,7 +184,7 @@ class ZeroOptimizer(WrappedOptimizer):
                             self._mirror(leaf)
                     self.states.deliver(unit)
                     unit.publish()
-        self._raise_together(self.states.failure)
+        self.raise_together(self.states.failure)
 
     def dtype_of_state(self, leaf: Leaf) -> torch.dtype:
         """The dtype in which the inner optimizer keeps states of a leaf; torch's own keep that of the parameter."""
@@ -284,7 +285,7 @@ class ZeroOptimizer(WrappedOptimizer):
             unit.adopt_edits()
         self._reducer.flush()
         gatherer = self.parameter_offload
-        self._raise_together(self.states.failure or (None if gatherer is None else gatherer.take_failure()))
+        self.raise_together(self.states.failure or (None if gatherer is None else gatherer.take_failure()))
         active = [gradients for gradients in self._reducer.gradients if not gradients.landed.is_empty]
         if active:
             self._update_all(active)
@@ -311,7 +312,7 @@ class ZeroOptimizer(WrappedOptimizer):
         else:
             self.overflow = found_inf is not None and _read(found_inf)
             if not self.overflow:
-                self._raise_together(self._update(work, scale))
+                self.raise_together(self._update(work, scale))
         self._publish(active)
         culprit = None
         if self.overflow and self.loss_scaler.dynamic:
@@ -403,10 +404,10 @@ class ZeroOptimizer(WrappedOptimizer):
                 "every call of step; use device cpu or none"
             )
 
-    def _raise_together(self, error: OffloadError | None) -> None:
+    def raise_together(self, error: OffloadError | None) -> None:
         """Raise an error of any rank on all of them, where there can be one."""
         if self._may_fail:
-            raise_together(error, self._data_parallel.process_group)
+            agreement.raise_together(error, self._data_parallel.process_group)
 
     def _fused_update(self, leaf: Leaf, grad: Tensor, scale: Tensor | None, found_inf: Tensor | None) -> None:
         inner: Any = self.optimizer

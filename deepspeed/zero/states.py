@@ -130,6 +130,9 @@ class LeafStates(NotesFailure):
             unit: the unit.
             group_of: per parameter of the unit, the param group it belongs to.
             optimizer: that updates the leaves; what it has of parameters already is handed to them.
+
+        Raises:
+            OffloadError: the master was not written, or could not be read.
         """
         self._optimizer = optimizer
         born = None if self._tier is None else self._born.get(unit)
@@ -146,8 +149,7 @@ class LeafStates(NotesFailure):
                 optimizer.state[leaf.tensor] = taken
             if born is not None:
                 self._parcels[leaf] = Parcel()
-                with self.noting_failure():
-                    self._put(leaf)
+                self._put(leaf)
         if self._tier is not None and born is not None and unit.has_master:
             unit.master.data = unit.master.new_empty(0)
 
@@ -170,8 +172,8 @@ class LeafStates(NotesFailure):
 
     @property
     def are_away(self) -> bool:
-        """Whether leaves must be brought in to be updated."""
-        return bool(self._parcels)
+        """Whether leaves must be brought in to be updated, on this rank or on another one that has some."""
+        return self._tier is not None and bool(self._born)
 
     @property
     def share_device(self) -> bool:

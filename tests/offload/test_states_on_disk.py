@@ -11,6 +11,7 @@ import tempfile
 import threading
 import weakref
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -368,21 +369,40 @@ def unwritable():
         yield
 
 
-def fail_to_load(folder):
-    engine = make_engine(folder)
-    train(engine, [0])
-    state = engine.optimizer.state_dict()
+def fail_to_start(folder, stage):
     with (
         unwritable() if dist.get_rank() == 1 else nullcontext(),
         pytest.raises(OffloadError, match="cannot go on"),
     ):
-        engine.optimizer.load_state_dict(state)
+        make_engine(folder, stage)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_disk_that_fails_one_rank_at_the_start_is_an_error_on_all(stage):
+    with tempfile.TemporaryDirectory() as folder:
+        run_on_ranks(2, fail_to_start, folder, stage)
+
+
+def fail_to_load(folder, checkpoints, stage):
+    engine = make_engine(folder, stage)
+    train(engine, [0])
+    load = partial(engine.optimizer.load_state_dict, engine.optimizer.state_dict())
+    if checkpoints:
+        engine.save_checkpoint(checkpoints)
+        load = partial(engine.load_checkpoint, checkpoints)
+    with (
+        unwritable() if dist.get_rank() == 1 else nullcontext(),
+        pytest.raises(OffloadError, match="cannot go on"),
+    ):
+        load()
     engine.destroy()
 
 
-def test_a_disk_that_fails_one_rank_while_states_are_loaded_is_an_error_on_all():
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("what", ["state_dict", "checkpoint"])
+def test_a_disk_that_fails_one_rank_while_states_are_loaded_is_an_error_on_all(what, stage, tmp_path):
     with a_folder() as folder:
-        run_on_ranks(2, fail_to_load, folder)
+        run_on_ranks(2, fail_to_load, folder, tmp_path if what == "checkpoint" else None, stage)
 
 
 def cannot_read(self, parcel):
@@ -405,6 +425,50 @@ def fail_to_set(folder):
 def test_a_disk_that_fails_one_rank_while_a_weight_is_set_is_an_error_of_the_next_step_on_all():
     with a_folder() as folder:
         run_on_ranks(2, fail_to_set, folder)
+
+
+def fail_to_access(folder):
+    engine = make_engine(folder, 3)
+    train(engine, [0])
+    engine.backward(engine(toy_batch(1, 0, dist.get_rank())[0]).float().square().mean())
+    weight, ones = engine.module.embed.weight, torch.ones(11, 6)
+    for access in (
+        lambda: safe_get_full_fp32_param(weight),
+        lambda: safe_get_full_grad(weight),
+        lambda: safe_get_full_optimizer_state(weight, "exp_avg"),
+        lambda: safe_set_full_grad(weight, ones),
+        lambda: safe_set_full_optimizer_state(weight, ones, "exp_avg"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank() == 1:
+                patch.setattr(DiskTier, "fetch", cannot_read)
+            with pytest.raises(OffloadError, match="cannot go on"):
+                access()
+    engine.destroy()
+
+
+def test_a_disk_that_fails_one_rank_while_a_value_is_read_or_set_is_an_error_on_all():
+    with a_folder() as folder:
+        run_on_ranks(2, fail_to_access, folder)
+
+
+def fewer_elements_than_ranks(folder, stage):
+    engines = [make_engine(place, stage, "fp32", model=nn.Linear(1, 1)) for place in (folder, None)]
+    safe_set_full_fp32_param(engines[0].module.weight, safe_get_full_fp32_param(engines[1].module.weight))
+    safe_set_full_fp32_param(engines[0].module.bias, safe_get_full_fp32_param(engines[1].module.bias))
+    for engine in engines:
+        for _ in range(2):
+            engine.backward(engine(torch.ones(3, 1)).sum())
+            engine.step()
+    same(*engines)
+    for engine in engines:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_rank_that_has_no_element_of_the_states_takes_part(stage):
+    with a_folder() as folder:
+        run_on_ranks(3, fewer_elements_than_ranks, folder, stage)
 
 
 SCRIPT = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,26 @@ def test_contents_that_are_replaced_or_dropped_are_not_remembered(tier: DiskTier
     for parcel, value in ((first, 7), (second, 8)):
         with tier.holding(parcel, changed=False):
             assert parcel.tensors[0].eq(value).all()
+
+
+def test_what_could_not_be_written_is_not_read_either(
+    tier: DiskTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> Pending:
+        failed: Future[int] = Future()
+        failed.set_exception(OffloadError("no room"))
+        return Pending(0, [failed])
+
+    first, second = put_away(tier, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(CountingDisk, "write", lost)
+        with tier.holding(first, changed=True):
+            first.tensors[0].fill_(7.0)
+
+    for parcel in (first, first, second):  # the file has what the first one was before
+        with pytest.raises(OffloadError, match="no room"):
+            tier.fetch(parcel)
+    assert str(tier.failure) == "no room"
 
 
 def test_buffers_of_parcels_of_another_size_do_not_push_out_what_is_remembered(tier: DiskTier) -> None:
