@@ -37,10 +37,14 @@ def convert(input_folder: Path, output_folder: Path) -> Path:
         CheckpointError: a file is missing, cut or damaged.
         UsageError: there is no checkpoint, or the new one would take the place of the old.
     """
-    save_dir, tag = output_folder.absolute().parent, output_folder.name
+    target = Path(os.path.abspath(output_folder))
+    save_dir, tag = target.parent, target.name
     with closing(open_named(input_folder)) as reader:
-        if output_folder.exists() and output_folder.samefile(reader.folder):
-            raise UsageError(f"--output_folder: expected another folder than the input, got {output_folder}")
+        source = reader.folder.resolve()
+        if target.resolve() in (source, *source.parents):
+            raise UsageError(
+                f"--output_folder: expected another folder than the input and none above it, got {output_folder}"
+            )
         if "imported" in reader.manifest.about:
             raise UsageError(
                 f"{reader.folder}: written by {reader.manifest.about['imported']}; engine.load_checkpoint imports it "

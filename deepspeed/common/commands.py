@@ -69,5 +69,8 @@ def run(name: str, command: Callable[[Sequence[str] | None], int | None], args: 
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = None
+    except OSError as error:  # a file or folder that cannot be read or written
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
     if code:
         sys.exit(code)

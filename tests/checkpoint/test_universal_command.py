@@ -64,11 +64,14 @@ def refused(capsys, *folders):
     return capsys.readouterr().err
 
 
-def test_what_cannot_be_copied_is_said(tmp_path, capsys):
+def test_what_cannot_be_copied_is_said(tmp_path, capsys, monkeypatch):
     run_on_ranks(1, one_checkpoint, str(tmp_path))
     source = tmp_path / "global_step0"
     assert "expected another folder than the input" in refused(capsys, source, source)
     assert "there is no" in refused(capsys, tmp_path / "nothing", tmp_path / "new")
+    monkeypatch.chdir(tmp_path)
+    assert "none above it, got ." in refused(capsys, "global_step0", ".")
+    assert "/proc/none" in refused(capsys, source, "/proc/none/new")
     other = Path(__file__).parent / "original" / "stage2-bf16"
     assert "load_checkpoint imports it at any world size" in refused(capsys, other, tmp_path / "new")
     path = source / "zero_pp_rank_0_mp_rank_00_model_states.pt"
