@@ -117,6 +117,11 @@ class Manifest:
         """Return the index of a file."""
         return next(index for index, entry in enumerate(self.files) if entry.name == name)
 
+    def state_keys(self) -> set[str]:
+        """Return the keys of the optimizer's states."""
+        kinds = {kind.removeprefix(STATE) for kind in self.values if kind.startswith(STATE)}
+        return kinds.union(*self.scalars.values())
+
     def write(self, folder: Path) -> None:
         """Write the file, so that it is on the disk afterwards."""
         body = self._to_json()

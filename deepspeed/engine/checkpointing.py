@@ -40,6 +40,7 @@ from deepspeed.common.logging import announce, logger, warn_once
 from deepspeed.common.progress import ByteBar
 from deepspeed.engine.randomness import random_states, set_random_states
 from deepspeed.errors import CheckpointError, DeepSpeedError, UsageError
+from deepspeed.ops.probe import state_keys
 from deepspeed.version import __version__
 from deepspeed.zero.gathered import GatheredParameters
 
@@ -262,6 +263,7 @@ class Checkpointing(nn.Module):
         loader = self.training_dataloader
         return {
             "tag": tag,
+            "optimizer": type(self._zero.optimizer).__name__ if self._zero else None,
             "stage": self._stage,
             "world_size": self.data_parallel.size,
             "ds_version": __version__,
@@ -397,7 +399,23 @@ class Checkpointing(nn.Module):
                     "loads those that fit"
                 )
             announce(f"load_checkpoint: {reader.folder}: {complaint}; the others are loaded")
+        if wanted.optimizer and not wanted.module_only and self._zero is not None:
+            self._check_optimizer(self._zero.optimizer, reader)
         return restorer
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer, reader: Reader) -> None:
+        """Refuse states that an optimizer of another kind has made."""
+        made_by, name = reader.manifest.about.get("optimizer"), type(optimizer).__name__
+        saved = reader.manifest.state_keys()
+        if made_by in (None, name) or not saved:
+            return
+        expected = state_keys(optimizer)
+        if saved != expected:
+            keys = "" if expected is None else f" ({', '.join(sorted(expected)) or 'none'})"
+            raise UsageError(
+                f"{reader.folder}: optimizer: expected states of {name}{keys}, got those of {made_by} "
+                f"({', '.join(sorted(saved))}); load_optimizer_states=False loads the rest"
+            )
 
     def _restore(self, restorer: Restorer, reader: Reader, main: dict[str, Any], wanted: Wanted) -> None:
         if self._reducer is not None:

@@ -51,6 +51,15 @@ def is_per_parameter(optimizer: torch.optim.Optimizer) -> bool:
     return all(_splits_parameters(optimizer, options) for options in _kinds_of_groups(optimizer))
 
 
+def state_keys(optimizer: torch.optim.Optimizer) -> set[str] | None:
+    """Return the keys of the states that it makes, or None where it cannot be run on other parameters."""
+    weights, grads = _probe_values(SHAPES)
+    twins = [_stepped(optimizer, options, weights, grads) for options in _kinds_of_groups(optimizer)]
+    if None in twins:
+        return None
+    return {key for twin in twins if twin is not None for state in twin.state.values() for key in state}
+
+
 def _kinds_of_groups(optimizer: torch.optim.Optimizer) -> Iterator[dict[str, Any]]:
     """Yield the options of each param group, once for equal ones: a flag in them may change the rule."""
     seen: list[str] = []
@@ -111,6 +120,16 @@ def _run(
     grads: Sequence[Sequence[Tensor]],
 ) -> list[Tensor] | None:
     """Step a stateless copy of `optimizer` on copies of `weights`; None where it cannot be run so."""
+    twin = _stepped(optimizer, options, weights, grads)
+    return None if twin is None else [param.detach() for param in twin.param_groups[0]["params"]]
+
+
+def _stepped(
+    optimizer: torch.optim.Optimizer,
+    options: dict[str, Any],
+    weights: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor]],
+) -> torch.optim.Optimizer | None:
     if any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values()):
         return None  # it steps another optimizer, which holds the real parameters
     device = _device_of(optimizer)
@@ -124,7 +143,7 @@ def _run(
                 type(optimizer).step(twin)
         except Exception:  # whatever a foreign optimizer raises on plain tensors, it cannot be served
             return None
-    return [param.detach() for param in params]
+    return twin
 
 
 def _device_of(optimizer: torch.optim.Optimizer) -> torch.device:

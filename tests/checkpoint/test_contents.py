@@ -85,6 +85,34 @@ def any_optimizer(folder, make, stage):
     resumed(folder, stage, optimizer=make)
 
 
+def plain_adamw(params):
+    return torch.optim.AdamW(params, lr=0.01)
+
+
+def another_optimizer(folder):
+    engine = make_engine(2)  # a configured AdamW
+    train(engine, [0])
+    engine.save_checkpoint(folder)
+    other = make_engine(3, optimizer=sgd, seed=1)
+    before = everything(other)
+    with pytest.raises(
+        UsageError, match=r"states of SGD \(momentum_buffer\), got those of FusedAdam \(exp_avg"
+    ):
+        other.load_checkpoint(folder)
+    compare(everything(other), before)
+    other.load_checkpoint(folder, load_optimizer_states=False)
+    train(other, [1])
+    same = make_engine(3, optimizer=plain_adamw, seed=1)
+    same.load_checkpoint(folder)
+    compare(everything(same), everything(engine))
+    for one in (engine, other, same):
+        one.destroy()
+
+
+def test_states_of_another_optimizer_are_refused_unless_it_has_the_same():
+    in_folder(2, another_optimizer)
+
+
 @pytest.mark.parametrize("zero", [{"mics_shard_size": 1}, {"zero_hpz_partition_size": 1}], ids=str)
 def test_groups_of_ranks(zero):
     in_folder(2, groups_of_ranks, zero)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepspeed.ops.probe import ELEMENTWISE, is_elementwise, is_per_parameter
+from deepspeed.ops.probe import ELEMENTWISE, is_elementwise, is_per_parameter, state_keys
 
 
 class SignMomentum(torch.optim.Optimizer):
@@ -188,3 +188,9 @@ def test_torchs_own_optimizers(cls):
     of_no_use = cls.__name__ in ("LBFGS", "SparseAdam")  # a closure, sparse gradients
     assert is_elementwise(fresh(cls, lr=0.1)) is not (by_matrix or of_no_use)
     assert is_per_parameter(fresh(cls, lr=0.1)) is not of_no_use
+
+
+def test_the_keys_of_states_are_those_that_a_step_makes():
+    assert state_keys(fresh(torch.optim.AdamW, lr=0.1)) == {"exp_avg", "exp_avg_sq", "step"}
+    assert state_keys(fresh(torch.optim.SGD, lr=0.1)) == set()
+    assert state_keys(fresh(torch.optim.LBFGS, lr=0.1)) is None
