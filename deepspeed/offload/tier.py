@@ -186,10 +186,10 @@ class DiskTier(NotesFailure):
         Raises:
             OffloadError: it cannot be read, or something could not be written and is not what it should be.
         """
+        if self.noted_failure is not None:  # a parcel that is here may have got nothing
+            raise self.noted_failure
         if parcel.is_here:
             return
-        if self.noted_failure is not None:
-            raise self.noted_failure
         if parcel.reading is None and not self._recall(parcel):
             self._read(parcel, self._take(parcel.nbytes))
         if parcel.reading is not None:

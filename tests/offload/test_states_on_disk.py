@@ -273,15 +273,33 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all(moment):
         run_on_ranks(2, full, folder, moment)
 
 
+def full_while_gradients_land(folder):
+    engine = make_engine(folder, gas=2)
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(SwapFolder, "reserve", no_space)
+        with pytest.raises(OffloadError, match="No space left"):
+            train(engine, [0], gas=2)
+    with pytest.raises(OffloadError, match="No space left"):
+        train(engine, [1], gas=2)
+    engine.destroy()
+
+
+def test_a_disk_that_gets_full_while_gradients_accumulate_is_an_error_on_all():
+    with a_folder() as folder:
+        run_on_ranks(2, full_while_gradients_land, folder)
+
+
+def no_space(self, nbytes):
+    raise OffloadError(f"reserve {nbytes} bytes: No space left on device")
+
+
 def full_when(folder, method):
     """A disk that is full on one rank from a call of `LeafStates` on; `split` needs a parameter without gradient."""
 
-    def short(self, nbytes):
-        raise OffloadError(f"reserve {nbytes} bytes: No space left on device")
-
     def then_full(self, *args):
         if dist.get_rank() == 1:
-            patch.setattr(SwapFolder, "reserve", short)
+            patch.setattr(SwapFolder, "reserve", no_space)
         return original(self, *args)
 
     def start_and_train():
