@@ -128,7 +128,8 @@ class WeightFiles:
             self._writer.abandon()
         self._disk.close()
         for name in (*self.names, self._index):
-            self._aside(name).unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that cannot be written: why is told elsewhere
+                self._aside(name).unlink()
 
     @property
     def _index(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -27,7 +28,7 @@ from torch import nn
 import deepspeed
 from deepspeed.checkpoint.records import Room
 from deepspeed.checkpoint.safetensors_file import SafetensorsWriter
-from deepspeed.checkpoint.weight_files import WeightFiles, size_in_bytes
+from deepspeed.checkpoint.weight_files import Entry, WeightFiles, size_in_bytes
 from deepspeed.errors import CheckpointError, UsageError
 from deepspeed.offload.disk import Disk
 
@@ -219,6 +220,15 @@ def streamed(folder):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="memory is read from /proc")
 def test_sharded_weights_are_saved_a_tensor_at_a_time():
     in_folder(2, streamed)
+
+
+def test_a_disk_that_refuses_to_remove_files_does_not_hide_why_they_were_not_written(tmp_path, monkeypatch):
+    def refused(self, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    files = WeightFiles(tmp_path, "model.safetensors", [Entry(("a",), (1,), torch.float32)])
+    monkeypatch.setattr(Path, "unlink", refused)
+    files.abandon()
 
 
 @pytest.mark.parametrize(
