@@ -37,6 +37,7 @@ from deepspeed.checkpoint.restoring import Restorer
 from deepspeed.checkpoint.saving import Commit, Save
 from deepspeed.comm.agreement import raise_together
 from deepspeed.common.logging import announce, logger, warn_once
+from deepspeed.common.memory import collector_paused
 from deepspeed.common.progress import ByteBar
 from deepspeed.engine.randomness import random_states, set_random_states
 from deepspeed.errors import CheckpointError, DeepSpeedError, UsageError
@@ -138,7 +139,7 @@ class Checkpointing(nn.Module):
             logger.info("saved %s in %.1f s", folder / tag, time.perf_counter() - begun)
 
         try:
-            with bar:
+            with bar, collector_paused():
                 weights = self._together(
                     "save_checkpoint", lambda: self._give_values(save, client_state or {})
                 )
@@ -347,7 +348,7 @@ class Checkpointing(nn.Module):
         bar = ByteBar(f"loading {found}", self._share_of(reader), shown=self.data_parallel.rank == 0)
         reader.progress = bar.advance
         try:
-            with bar:
+            with bar, collector_paused():
                 restorer = self._together("load_checkpoint", lambda: self._fitting(reader, wanted))
                 main = self._together(
                     "load_checkpoint", lambda: reader.structure(reader.manifest.about["main"])
