@@ -39,9 +39,14 @@ def main() -> None:
     began = time.perf_counter()
     saved = measured(lambda: engine.save_checkpoint(options.folder))
     if options.later:
+        waited = time_copies(engine)
         step = measured(lambda: train(engine, *next(drawn)))
-        saved["seconds"] += max(0.0, step["seconds"] - usual)
-        saved["extra"] = max(saved["extra"], step["extra"])
+        slower = max(0.0, step["seconds"] - usual)
+        saved = {
+            "seconds": saved["seconds"] + slowest(sum(waited)),
+            "slower": slower,
+            "extra": max(saved["extra"], step["extra"]),
+        }
         engine.finish_saving()
     dist.barrier()
     os.sync()
@@ -81,9 +86,29 @@ def measured(action: Callable[[], Any]) -> dict[str, float]:
     memory.restart()
     began = time.perf_counter()
     action()
-    mine = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+    seconds = slowest(time.perf_counter() - began)
+    return {"seconds": seconds, "extra": max(0, memory.peak() - before)}
+
+
+def slowest(seconds: float) -> float:
+    """Return the seconds of the slowest rank."""
+    mine = torch.tensor(seconds, dtype=torch.float64)
     dist.all_reduce(mine, op=dist.ReduceOp.MAX)
-    return {"seconds": float(mine), "extra": max(0, memory.peak() - before)}
+    return float(mine)
+
+
+def time_copies(engine: Any) -> list[float]:
+    """Let the seconds for which an update waits for a save to copy what it has not written yet be listed."""
+    states, waited = engine.optimizer.states, []
+    copy = states.before_change
+
+    def timed() -> None:
+        began = time.perf_counter()
+        copy()
+        waited.append(time.perf_counter() - began)
+
+    states.before_change = timed
+    return waited
 
 
 def forget_cached(folder: Path) -> None:

@@ -217,6 +217,11 @@ class OriginalReader:
             out[low - start : high - start].copy_(part)
             self.progress(part.nbytes)
 
+    ask = read
+
+    def settle(self) -> None:
+        """Do nothing: all is read when it is asked for."""
+
     def structure(self, name: str) -> Any:
         """Return what the main file holds beside values, as ours have it."""
         assert name == self._files.main.name

@@ -33,6 +33,12 @@ class Reader(Protocol):
     def read(self, value: Value, start: int, out: Tensor) -> None:
         """Fill `out` (flat, any dtype and device) with a value's elements from `start` on."""
 
+    def ask(self, value: Value, start: int, out: Tensor) -> None:
+        """Fill `out` as `read` does, by the time `settle` returns."""
+
+    def settle(self) -> None:
+        """Finish what was asked for."""
+
     def structure(self, name: str) -> Any:
         """Return what a file holds besides the values that the manifest knows."""
 
@@ -81,9 +87,19 @@ class CheckpointReader:
         Raises:
             CheckpointError: what is read is not what was written.
         """
+        self.ask(value, start, out)
+        self.settle()
+
+    def ask(self, value: Value, start: int, out: Tensor) -> None:
+        """Fill `out` as `read` does, by the time `settle` returns; either may raise for what was asked before."""
         for place, low, high in value.overlaps(start, start + out.numel()):
             into = out[low - start : high - start]
-            self._reader(place.file).read(place.record, value.torch_dtype, low - place.start, into)
+            self._reader(place.file).ask(place.record, value.torch_dtype, low - place.start, into)
+
+    def settle(self) -> None:
+        """Finish what was asked for."""
+        if self._source is not None:
+            self._source.settle()
 
     def structure(self, name: str) -> Any:
         """Return what a file holds besides the values that the manifest knows, its tensors checked and copied.

@@ -14,16 +14,16 @@ is several times as fast as to write into it and then wait until it has been wri
 
 from __future__ import annotations
 
-import itertools
 import os
 import struct
 import threading
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ Progress = Callable[[int], object]
 
 BLOCK = 2**22
 """Bytes under one checksum: what is read at least of a record of that size."""
+
+BLOCKS_AHEAD = 4
+"""Blocks that are on their way at a time."""
 
 LARGE = 2**21
 """Bytes from which on a copy gets memory of its own: a large page."""
@@ -289,16 +292,16 @@ class RecordWriter(FileWriter):
 
 
 @dataclass
-class _Reading:
-    """A block on its way: what `pending` fills, and the part of it that is the block."""
+class _Asked:
+    """A block on its way: what `pending` fills, the part of it that is the block, and who takes it."""
 
-    block: Block
     pending: Pending
     data: Tensor
+    take: Callable[[Tensor], None]
 
 
 class BlockSource:
-    """Reads blocks of any files through two buffers, one of which may be in use while the other is filled.
+    """Reads blocks of any files, a few at a time: while one is looked at the others are on their way.
 
     Args:
         here: read in the calling thread, which may outlive the disk's.
@@ -306,18 +309,44 @@ class BlockSource:
 
     def __init__(self, *, here: bool = False) -> None:
         self._disk, self._here = Disk(), here
-        self._buffers = deque(aligned_empty(BLOCK + 2 * ALIGNMENT, torch.uint8) for _ in range(2))
+        self._buffers = deque(aligned_empty(BLOCK + 2 * ALIGNMENT, torch.uint8) for _ in range(BLOCKS_AHEAD))
+        self._asked: deque[_Asked] = deque()
 
-    def start(self, file: DataFile, begin: int, end: int) -> tuple[Pending, Tensor]:
-        """Begin to read bytes `begin` to `end`, with what surrounds them in the disk's own blocks."""
-        low = begin // ALIGNMENT * ALIGNMENT
+    def ask(self, file: DataFile, begin: int, end: int, take: Callable[[Tensor], None]) -> None:
+        """Begin to read bytes `begin` to `end`, which `take` gets, at `settle` at the latest.
+
+        Raises:
+            CheckpointError: those that were asked for before cannot be read, or are not what was written.
+        """
+        if len(self._asked) == BLOCKS_AHEAD:
+            self._take_first()
+        low = begin // ALIGNMENT * ALIGNMENT  # with what surrounds them in the disk's own blocks
         buffer = self._buffers[0][: min(aligned_size(end), file.size) - low]
-        self._buffers.rotate()
-        block = buffer[begin - low : end - low]
+        self._buffers.rotate(-1)
         if self._here:
             self._disk.read_here(file, low, buffer)
-            return Pending(buffer.numel(), []), block
-        return self._disk.read(file, low, buffer), block
+            pending = Pending(buffer.numel(), [])
+        else:
+            pending = self._disk.read(file, low, buffer)
+        self._asked.append(_Asked(pending, buffer[begin - low : end - low], take))
+
+    def settle(self) -> None:
+        """Wait for all that was asked for; see `ask`."""
+        while self._asked:
+            self._take_first()
+
+    def _take_first(self) -> None:
+        first = self._asked.popleft()
+        try:
+            first.pending.wait()
+            first.take(first.data)
+        except BaseException as error:
+            while self._asked:
+                with suppress(OffloadError):
+                    self._asked.popleft().pending.wait()
+            if isinstance(error, OffloadError):
+                raise CheckpointError(str(error)) from None
+            raise
 
     def close(self) -> None:
         """End the threads."""
@@ -330,7 +359,7 @@ class RecordReader:
     Args:
         path: of the file.
         entry: what the manifest says of it.
-        source: does the reading, a block ahead.
+        source: does the reading, some blocks ahead.
         progress: is told of every read.
 
     Attributes:
@@ -361,53 +390,47 @@ class RecordReader:
 
     def check(self, blocks: Sequence[Block]) -> None:
         """Check what was not read yet of some blocks."""
-        for _ in self._blocks([block for block in blocks if block not in self.checked]):
-            pass
+        for block in blocks:
+            if block not in self.checked:
+                self._ask(block, lambda data: None)
+        self._source.settle()
 
-    def read(self, index: int, dtype: torch.dtype, start: int, out: Tensor) -> None:
-        """Fill `out` (flat, any dtype and device) with elements of a record of `dtype`, from `start` on."""
+    def ask(self, index: int, dtype: torch.dtype, start: int, out: Tensor) -> None:
+        """Fill `out` (flat, any dtype and device) with elements of a record of `dtype`, from `start` on.
+
+        That is done when the source has settled.
+        """
         first, last = start * dtype.itemsize, (start + out.numel()) * dtype.itemsize
-        wanted = range(first // BLOCK, -(-last // BLOCK))
-        for (_, block), data in self._blocks([(index, block) for block in wanted]):
-            low, high = max(first - block * BLOCK, 0), min(last - block * BLOCK, data.numel())
-            done = (block * BLOCK + low - first) // dtype.itemsize
-            part = data[low:high].view(dtype)
-            out[done : done + part.numel()].copy_(part)
+        for block in range(first // BLOCK, -(-last // BLOCK)):
+            low, high = max(first, block * BLOCK), min(last, (block + 1) * BLOCK)
+            part = out[(low - first) // dtype.itemsize : (high - first) // dtype.itemsize]
+            self._ask((index, block), partial(_fill, part, dtype, low - block * BLOCK))
 
-    def _blocks(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Tensor]]:
-        """Yield blocks and their bytes, checked, which are good until the next one."""
-        ahead = self._start(blocks[0]) if blocks else None
-        for block, after in itertools.zip_longest(blocks, blocks[1:]):
-            assert ahead is not None
-            current, ahead = ahead, None if after is None else self._start(after)
-            yield block, self._arrived(current)
-
-    def _start(self, block: Block) -> _Reading:
+    def _ask(self, block: Block, take: Callable[[Tensor], None]) -> None:
+        """Ask for a block, which is checked before it is taken."""
         record = self._entry.records[block[0]]
         begin = record.offset + block[1] * BLOCK
         end = begin + min(BLOCK, record.nbytes - block[1] * BLOCK)
-        return _Reading(block, *self._source.start(self._file, begin, end))
 
-    def _arrived(self, reading: _Reading) -> Tensor:
-        """Wait for a block, and check it."""
-        try:
-            reading.pending.wait()
-        except OffloadError as error:
-            raise CheckpointError(str(error)) from None
-        index, block = reading.block
-        record, data = self._entry.records[index], reading.data
-        if zlib.crc32(bytes_of(data).data) != record.checksums[block]:
-            where = record.offset + block * BLOCK
-            raise CheckpointError(
-                f"{self.path}: damaged: bytes {where} to {where + data.numel()} are not those that were written"
-            )
-        self.checked.add(reading.block)
-        self._progress(data.numel())
-        return data
+        def checked(data: Tensor) -> None:
+            if zlib.crc32(bytes_of(data).data) != record.checksums[block[1]]:
+                raise CheckpointError(
+                    f"{self.path}: damaged: bytes {begin} to {end} are not those that were written"
+                )
+            self.checked.add(block)
+            self._progress(data.numel())
+            take(data)
+
+        self._source.ask(self._file, begin, end, checked)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _fill(out: Tensor, dtype: torch.dtype, low: int, data: Tensor) -> None:
+    """Fill `out` with what lies in a block from its byte `low` on."""
+    out.copy_(data[low : low + out.numel() * dtype.itemsize].view(dtype))
 
 
 def _copied(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ finished; then the error is raised on every rank (`Restorer.failure`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,11 +162,10 @@ class Restorer:
 
     def _restore_leaf(self, leaf: Leaf, optimizer: ZeroOptimizer, *, states: bool) -> None:
         dtype, names = leaf.tensor.dtype, leaf.unit.names
-        self._read_pieces(
-            leaf, leaf.tensor, {p.index: self._best(names[p.index], dtype) for p in leaf.pieces}
-        )
+        self._ask_pieces(leaf, leaf.tensor, {p.index: self._best(names[p.index], dtype) for p in leaf.pieces})
         if states:
             self._restore_states(leaf, optimizer)
+        self._settle()
         leaf.write_out()
 
     def _restore_stored(self, unit: Unit) -> None:
@@ -175,7 +174,8 @@ class Restorer:
         values = [self._best(name, dtype) for name in unit.names]
         if not unit.sharding.releases:
             for view, value in zip(unit.views(unit.flat), values, strict=True):
-                self._read(value, 0, view.reshape(-1))
+                self._ask(value, 0, view.reshape(-1))
+            self._settle()
             return
         near, spread = unit.sharding.hold_group, unit.sharding.spread_group
         for row, chunk in enumerate(range(near.rank, near.size * spread.size, near.size)):
@@ -261,28 +261,40 @@ class Restorer:
         if state is None:
             state = torch.zeros(shape, dtype=dtype, device=leaf.tensor.device)
         if elementwise:
-            self._read_pieces(leaf, state, values)
+            self._ask_pieces(leaf, state, values)
         else:
-            self._read(value, 0, state.view(-1))
+            self._ask(value, 0, state.view(-1))
         return state
 
     # -- reading ----------------------------------------------------------------------------------
 
-    def _read_pieces(self, leaf: Leaf, into: Tensor, values: dict[int, Value | None]) -> None:
+    def _ask_pieces(self, leaf: Leaf, into: Tensor, values: dict[int, Value | None]) -> None:
         flat = into.detach().view(-1)
         for piece in leaf.pieces:
             low = piece.shard_start - leaf.start
-            self._read(values[piece.index], piece.param_start, flat[low : low + piece.numel])
+            self._ask(values[piece.index], piece.param_start, flat[low : low + piece.numel])
 
     def _read(self, value: Value | None, start: int, out: Tensor) -> bool:
         """Fill `out`; return whether that was possible."""
-        if value is None or self.failure is not None:
-            return False
-        try:
-            self._reader.read(value, start, out)
-        except CheckpointError as error:
-            self.failure = error
-        return self.failure is None
+        self._ask(value, start, out)
+        self._settle()
+        return value is not None and self.failure is None
+
+    def _ask(self, value: Value | None, start: int, out: Tensor) -> None:
+        """Fill `out`, if that is possible, by the time `_settle` returns."""
+        if value is not None:
+            self._attempt(lambda: self._reader.ask(value, start, out))
+
+    def _settle(self) -> None:
+        self._attempt(self._reader.settle)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Read, unless that failed before."""
+        if self.failure is None:
+            try:
+                action()
+            except CheckpointError as error:
+                self.failure = error
 
 
 def _shape_of(tensor: Tensor) -> list[int]:

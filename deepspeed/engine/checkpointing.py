@@ -98,6 +98,7 @@ class Checkpointing(nn.Module):
 
     # -- saving -----------------------------------------------------------------------------------
 
+    @collector_paused()
     def save_checkpoint(
         self,
         save_dir: str | os.PathLike[str],
@@ -139,7 +140,7 @@ class Checkpointing(nn.Module):
             logger.info("saved %s in %.1f s", folder / tag, time.perf_counter() - begun)
 
         try:
-            with bar, collector_paused():
+            with bar:
                 weights = self._together(
                     "save_checkpoint", lambda: self._give_values(save, client_state or {})
                 )
@@ -283,6 +284,7 @@ class Checkpointing(nn.Module):
 
     # -- loading ----------------------------------------------------------------------------------
 
+    @collector_paused()
     def load_checkpoint(
         self,
         load_dir: str | os.PathLike[str],
@@ -348,7 +350,7 @@ class Checkpointing(nn.Module):
         bar = ByteBar(f"loading {found}", self._share_of(reader), shown=self.data_parallel.rank == 0)
         reader.progress = bar.advance
         try:
-            with bar, collector_paused():
+            with bar:
                 restorer = self._together("load_checkpoint", lambda: self._fitting(reader, wanted))
                 main = self._together(
                     "load_checkpoint", lambda: reader.structure(reader.manifest.about["main"])
