@@ -186,9 +186,9 @@ def report(runs: Sequence[Run], shape: Shape, head: dict[str, Any], options: arg
         "\n".join(text for text, _ in verdicts(runs)),
         "*ours later* saves while training goes on: *save* is what the call takes and what the next update waits for "
         "values to be copied; *step longer by* is what the step in which all of that happens takes longer than the one "
-        "before, copies included: there, writing shares the cores with training. *until on disk*: all of it, and `sync`; this project's saves are on the disk when they "
-        "return, the original's are not. *extra*: resident memory at the peak beyond that before the call, cached "
-        "pages of mapped files included.",
+        "before, copies included: there, writing shares the cores with training. *until on disk*: all of it, and "
+        "`sync`; this project's saves are on the disk when they return, the original's are not. *extra*: resident "
+        "memory at the peak beyond that before the call, cached pages of mapped files included.",
     ]
     document = {**head, "versions": versions, "shape": asdict(shape), "runs": [asdict(run) for run in runs]}
     return write("checkpoints", document, paragraphs, options.out)

@@ -2,7 +2,7 @@
 
     for each unit:   ranges that this rank keeps -> read in place -> stored weights from masters -> spread to copies
 
-Everything goes by parameter name. A rank reads its own ranges only, a block at a time.
+Everything goes by parameter name. A rank reads its own ranges only, some blocks at a time.
 
 Note [A rank that cannot read]
 Ranks change units together. One that meets a damaged file reads nothing more, but takes part until all have
