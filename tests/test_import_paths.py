@@ -50,6 +50,7 @@ TRAINERS = [
     ("deepspeed.utils", "is_initialized"),
     ("deepspeed.utils", "safe_get_full_grad"),
     ("deepspeed.utils.logging", "logger"),
+    ("deepspeed.utils.tensor_fragment", "safe_get_full_fp32_param"),
     ("deepspeed.utils.zero_to_fp32", "get_fp32_state_dict_from_zero_checkpoint"),
     ("deepspeed.utils.zero_to_fp32", "load_state_dict_from_zero_checkpoint"),
     ("deepspeed.utils.zero_to_fp32", "convert_zero_checkpoint_to_fp32_state_dict"),

@@ -15,10 +15,16 @@ OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_pa
 
 REMOVED = {"zero_optimization.legacy_stage1": "that implementation of stage 1 is gone; remove the key"}
 
+DROPPED = dict.fromkeys(
+    ("compile.backend", "compile.disable", "compile.enabled", "compile.kwargs"),
+    "engine.compile() compiles, with its arguments",
+)
+"""Keys without effect, and what has it now."""
+
 
 def old_names(section: str) -> list[str]:
     """Return the keys of this file that stand in `section` (a path, empty for the top level)."""
-    listed = [*RENAMED, *REMOVED, *(f"zero_optimization.{name}" for name in OFFLOADS)]
+    listed = [*RENAMED, *REMOVED, *DROPPED, *(f"zero_optimization.{name}" for name in OFFLOADS)]
     return [path.rpartition(".")[2] for path in listed if path.rpartition(".")[0] == section]
 
 
@@ -38,6 +44,7 @@ def modernise(tree: dict[str, Any]) -> Modernised:
     done = Modernised(tree)
     _expand_boolean_stage(done)
     _refuse_removed(done)
+    _drop(done)
     _rename(done)
     _move_offloads(done)
     return done
@@ -69,6 +76,14 @@ def _refuse_removed(done: Modernised) -> None:
         parent, name = _parent(done.tree, path)
         if parent.pop(name, False) not in (False, "auto"):
             done.errors.append(f"{path}: expected false, got true; {reason}")
+
+
+def _drop(done: Modernised) -> None:
+    for path, instead in DROPPED.items():
+        parent, name = _parent(done.tree, path)
+        if name in parent:
+            del parent[name]
+            done.warnings.append(f"{path}: has no effect; {instead}")
 
 
 def _rename(done: Modernised) -> None:

@@ -5,7 +5,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from deepspeed.config.base import (
     LOWER,
-    Count,
     Expects,
     FilePath,
     Fraction,
@@ -98,7 +97,7 @@ class ZeroSection(Section):
     offload_param: OffloadParamSection | None = key(None, "where parameters live")
     offload_optimizer: OffloadOptimizerSection | None = key(None, "where optimizer states live")
     zenflow: ZenFlowSection | None = key(None, "decoupled updates")
-    sub_group_size: Count = key(1_000_000_000, "elements per tile of the optimizer step")
+    sub_group_size: Size = key(1_000_000_000, "elements per tile of the optimizer step; 0: no limit")
     stage3_prefetch_bucket_size: Size = key(50_000_000, "elements gathered ahead of use")
     stage3_param_persistence_threshold: Size = key(100_000, "smaller parameters stay whole")
     stage3_model_persistence_threshold: Size = key(sys.maxsize, "most elements that may stay whole")

@@ -77,7 +77,7 @@ def shard_module(
     states = LeafStates(
         home,
         whole_parameters=whole_parameters,
-        tile=min(TILE, settings.zero_optimization.sub_group_size),
+        tile=min(TILE, settings.zero_optimization.sub_group_size or TILE),
     )
     units = make_units(
         [pair for pair in named if id(pair[1]) in group_index or _is_laid_out(pair[1], sharding)],

@@ -41,6 +41,10 @@ TABLE: dict[str, dict[str, str]] = {
         "ZeROOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer",
     },
     "bf16_optimizer": {"BF16_Optimizer": "deepspeed.zero.optimizer:ZeroOptimizer"},
+    "checkpoint_engine": {"TorchCheckpointEngine": "deepspeed.checkpoint.torch_files"},
+    "checkpoint_engine.torch_checkpoint_engine": {
+        "TorchCheckpointEngine": "deepspeed.checkpoint.torch_files"
+    },
     "config": {
         "DeepSpeedConfig": "deepspeed.config",
         "DeepSpeedConfigError": "deepspeed.errors:ConfigError",

@@ -7,11 +7,6 @@ SEQUENCE = "sequence parallelism"
 
 # old module -> (the feature it belongs to, names that scripts import from it)
 LATER: dict[str, tuple[str, tuple[str, ...]]] = {
-    "checkpoint_engine": ("saving and resuming of training state", ()),
-    "checkpoint_engine.torch_checkpoint_engine": (
-        "saving and resuming of training state",
-        ("TorchCheckpointEngine",),
-    ),
     "data_pipeline": ("data efficiency", ()),
     "data_pipeline.curriculum_scheduler": ("the curriculum", ("CurriculumScheduler",)),
     "data_pipeline.data_routing": ("random token dropping", ()),

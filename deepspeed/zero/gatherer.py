@@ -133,9 +133,9 @@ class Gatherer:
 
     # -- hooks ------------------------------------------------------------------------------------
 
-    def attach(self, module: nn.Module) -> None:
-        """Put hooks on the modules that need units."""
-        anchors = anchors_of(module, self.units)
+    def attach(self, module: nn.Module | None = None) -> None:
+        """Put hooks on the modules that need units; no `module`: on those of the whole model."""
+        anchors = anchors_of(module or self.module, self.units)
         me = weakref.ref(self)
         self._anchors = anchors
         for part, units in anchors.items():
@@ -153,6 +153,7 @@ class Gatherer:
         return found
 
     _register_deepspeed_module = attach  # what TRL calls after generate()
+    setup_zero_stage3_hooks = attach  # what open-instruct does
 
     def detach(self) -> None:
         """Remove the hooks, and release what is gathered."""

@@ -120,6 +120,7 @@ class ZeroOptimizer(WrappedOptimizer):
         for gradients in reducer.gradients:
             for index, param in enumerate(gradients.unit.params):
                 param.ds_slot = TrainedSlot(gradients.unit, index, self, gradients)  # type: ignore[attr-defined]
+                param.param_idx_in_group = index  # type: ignore[attr-defined]  # by which axolotl tells ours
 
     def _replace_params(self) -> None:
         """Hand the inner optimizer leaves instead of parameters, with the state that it has of these already."""

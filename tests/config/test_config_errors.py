@@ -29,7 +29,7 @@ WRONG_VALUES = [
     ),
     (
         {ZERO: {"sub_group_size": float("nan")}},
-        ["sub_group_size: expected an integer of at least 1, got NaN"],
+        ["sub_group_size: expected an integer of at least 0, got NaN"],
     ),
     ({ZERO: {"max_live_parameters": -5}}, [f"{ZERO}.max_live_parameters: expected an integer", "got -5"]),
     ({ZERO: {"overlap_comm": "often"}}, [f'{ZERO}.overlap_comm: expected true or false, got "often"']),
