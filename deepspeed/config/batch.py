@@ -7,6 +7,7 @@ train                                       samples per optimizer step, over all
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -104,7 +105,20 @@ def _explain(
     )
     if dp == 1 and hint:
         text += "\n  only 1 rank was seen; was the job started with a launcher?"
+    if dp > 1 and _counted_by_accelerate() == 1:
+        text += (
+            "\n  Accelerate counts 1 process, as it does without a GPU until a backend is named: pass "
+            'kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator, or ddp_backend="gloo" to '
+            "TrainingArguments"
+        )
     return text
+
+
+def _counted_by_accelerate() -> int | None:
+    """How many processes Accelerate counts; None where the script does not use it."""
+    state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
+    count: int | None = getattr(state, "_shared_state", {}).get("num_processes")
+    return count
 
 
 def _nearest(t: int, m: int | None, g: int | None, dp: int) -> list[str]:

@@ -25,6 +25,7 @@ class DeepSpeedCPUAdagrad(LeafOptimizer):
         fp32_optimizer_states: keep the sum in fp32; False: in the parameters' dtype.
         lr_decay: after n steps the rate is ``lr / (1 + (n - 1) * lr_decay)``.
         initial_accumulator_value: what the sum starts from.
+        adamw_mode: not supported; here because Accelerate passes False to every host optimizer.
     """
 
     elementwise = True
@@ -39,9 +40,11 @@ class DeepSpeedCPUAdagrad(LeafOptimizer):
         fp32_optimizer_states: bool = True,
         lr_decay: float = 0.0,
         initial_accumulator_value: float = 0.0,
+        adamw_mode: bool = False,
     ) -> None:
-        if amsgrad:
-            raise ConfigError("amsgrad: expected False, got True; Adagrad has no such variant")
+        for variant, asked in (("amsgrad", amsgrad), ("adamw_mode", adamw_mode)):
+            if asked:
+                raise ConfigError(f"{variant}: expected False, got True; Adagrad has no such variant")
         numbers = {
             "lr": lr,
             "eps": eps,

@@ -70,6 +70,7 @@ class DeepSpeedCPULion(FusedLion):
     Args:
         model_params: parameters or param groups.
         fp32_optimizer_states: keep the momentum in fp32; False: in the parameters' dtype.
+        adamw_mode: not supported; here because Accelerate passes False to every host optimizer.
     """
 
     def __init__(
@@ -79,7 +80,10 @@ class DeepSpeedCPULion(FusedLion):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         fp32_optimizer_states: bool = True,
+        adamw_mode: bool = False,
     ) -> None:
+        if adamw_mode:
+            raise ConfigError("adamw_mode: expected False, got True; Lion has no such variant")
         super().__init__(model_params, lr=lr, betas=betas, weight_decay=weight_decay)
         if not fp32_optimizer_states:
             self.narrow_states()
