@@ -48,8 +48,9 @@ from deepspeed.errors import OffloadError, UsageError
 from deepspeed.zero import external
 from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.order import UseOrder
-from deepspeed.zero.slot import slot_of
+from deepspeed.zero.slot import Slot, is_zero_param, slot_of
 from deepspeed.zero.unit import Unit, refuse
+from deepspeed.zero.unpacked import as_asked_for
 
 STALE = 2
 """Units that backward went through last and that stay gathered, although gradients are missing."""
@@ -81,11 +82,12 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class SavedView:
-    """A view of a unit's flat that autograd saved."""
+    """A view of a unit's flat that autograd saved, and the parameter's slot where it is a parameter itself."""
 
     unit: Unit
     view: Tensor
     updates: int
+    slot: Slot | None
 
     def __post_init__(self) -> None:
         self.unit.memory.guarded += 1
@@ -270,13 +272,15 @@ class Gatherer:
             if unit is not None:
                 if unit.shown != unit.updates:
                     raise _outdated(unit)
-                return SavedView(unit, tensor.detach(), unit.updates)
+                return SavedView(unit, tensor.detach(), unit.updates, slot_of(tensor))
             return tensor if pack_below is None else pack_below(tensor)
 
         def unpack(packed: Any) -> Tensor:
             if isinstance(packed, SavedView):
-                return self._unpack(packed)
-            return packed if unpack_below is None else unpack_below(packed)  # type: ignore[no-any-return]
+                return as_asked_for(self._unpack(packed), packed.slot)
+            if unpack_below is not None:
+                return unpack_below(packed)  # type: ignore[no-any-return]
+            return as_asked_for(packed, packed.ds_slot) if is_zero_param(packed) else packed
 
         pack.gatherer = self  # type: ignore[attr-defined]
         return saved_tensors_hooks(pack, unpack)
