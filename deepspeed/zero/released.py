@@ -116,8 +116,22 @@ class ShardedParameter:
                 unit.settle()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        with _all_whole(_released_among(self), copy.deepcopy):
-            copied = self.ds_base(self.data.clone(), self.requires_grad)  # type: ignore[attr-defined]
+        """Copy the whole values into a plain parameter.
+
+        Note [Copies]
+            Before an engine lays parameters out, models are put together: peft copies the modules that it is to
+            train. So such a parameter is gathered for its copy, which all ranks make. Later a copy is refused
+            while the values are not here: often one rank wants it alone.
+        """
+        together = self.ds_slot.unit.may_resize
+        if together:
+            self.all_gather()
+        try:
+            with _all_whole(_released_among(self), copy.deepcopy):
+                copied = self.ds_base(self.data.clone(), self.requires_grad)  # type: ignore[attr-defined]
+        finally:
+            if together:
+                self.partition()
         memo[id(self)] = copied
         return copied
 

@@ -55,8 +55,8 @@ def forget() -> None:
     unset_hf_deepspeed_config()
 
 
-def tiny_llama() -> nn.Module:
-    """Return a Llama of two layers with tied embeddings."""
+def tiny_llama(*, tied: bool = True) -> nn.Module:
+    """Return a Llama of two layers."""
     config = transformers.LlamaConfig(
         hidden_size=16,
         intermediate_size=24,
@@ -64,7 +64,7 @@ def tiny_llama() -> nn.Module:
         num_attention_heads=2,
         max_position_embeddings=16,
         vocab_size=VOCABULARY,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=None,
         initializer_range=0.2,
