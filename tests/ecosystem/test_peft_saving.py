@@ -114,7 +114,9 @@ def adalora():
         total_step=5,
         orth_reg_weight=0.0,
     )
-    return peft.get_peft_model(model, config).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(model, config).train()
 
 
 def loss_of(model, rank):
