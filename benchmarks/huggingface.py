@@ -1,0 +1,212 @@
+"""Measures what transformers' Trainer, from_pretrained and generate take on this project and on the original DeepSpeed.
+
+    python benchmarks/huggingface.py [--rounds 3] [--tasks fine_tune,load,generate]
+
+    fine_tune   a GPT-2 of 30M parameters with the Trainer, fp32: time of a step; the weights of both after 24 steps
+    load        from_pretrained of 500M parameters under ZeRO-3: time, and memory at the peak of a rank
+    generate    64 tokens with a GPT-2 of 30M parameters that is sharded over the ranks
+
+Each run is a fresh set of processes; rounds alternate. Results: huggingface.json and huggingface.md under
+benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from launch import HERE, interpreter_of, run_ranks
+from results import RESULTS, header, header_lines, markdown_table, write
+
+TRAINER_GOAL, LOAD_GOAL, GENERATE_GOAL = 1.3, 0.7, 2.0
+MIB = 2**20
+KINDS = ("ours", "original")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured: the worker's task, at which stage, on how many ranks."""
+
+    name: str
+    stage: int
+    ranks: int
+
+
+TASKS = [
+    *(Task("fine_tune", stage, ranks) for stage in (2, 3) for ranks in (1, 2)),
+    Task("load", 3, 2),
+    Task("generate", 3, 2),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One set of processes and what its ranks reported."""
+
+    task: Task
+    kind: str
+    ranks: list[dict[str, Any]]
+    difference: float | None = None
+    """Largest one of any weight to those of this project's run before it, relative to the largest of its tensor."""
+
+    def most(self, figure: str) -> float:
+        """The largest figure of any rank."""
+        return max(float(rank[figure]) for rank in self.ranks)
+
+
+def main() -> int:
+    """Measure, print and write; 1 when a goal is not met."""
+    options = parse(sys.argv[1:])
+    head = header(options.note)
+    runs: list[Run] = []
+    with TemporaryDirectory(prefix="benchmark-huggingface-", dir=options.folder) as folder:
+        home = Path(folder)
+        make_models(home)
+        for number in range(options.rounds):
+            for task in (one for one in TASKS if one.name in options.tasks):
+                for kind in KINDS:
+                    runs.append(measure(task, kind, home, options.original_python))
+                    figure = runs[-1].most("step" if task.name == "fine_tune" else "seconds")
+                    print(f"round {number + 1}, {task}, {kind}: {figure:.3f} s", file=sys.stderr, flush=True)
+    print(report(runs, head, options).read_text())
+    return 0 if all(met for _, met in verdicts(runs)) else 1
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    names = sorted({task.name for task in TASKS})
+    parser.add_argument(
+        "--tasks",
+        type=lambda text: text.split(","),
+        default=names,
+        help=f"comma-separated: {', '.join(names)}",
+    )
+    parser.add_argument("--folder", type=Path, default=Path("/var/tmp"), help="where models are written")
+    parser.add_argument(
+        "--original-python", type=Path, help="a Python that has the original, transformers and accelerate"
+    )
+    parser.add_argument("--note", default="", help="a sentence to print with the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    return parser.parse_args(arguments)
+
+
+def make_models(home: Path) -> None:
+    """Write the models that are loaded, once."""
+    for name, layers, dim, vocabulary in (("load", 24, 1280, 20000), ("generate", 6, 512, 20000)):
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(
+            n_layer=layers, n_embd=dim, n_head=dim // 64, vocab_size=vocabulary, n_positions=128,
+            bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(home / name, max_shard_size="400MB")
+
+
+def measure(task: Task, kind: str, home: Path, original_python: Path | None) -> Run:
+    """Run once; return what the ranks reported."""
+    weights = {one: home / f"{task.stage}-{task.ranks}-{one}.pt" for one in KINDS}
+    arguments = ["--task", task.name, "--stage", str(task.stage)]
+    arguments += ["--model", str(home / task.name), "--weights", str(weights[kind])]
+    interpreter = interpreter_of(kind, original_python)
+    ranks = run_ranks(interpreter, HERE / "huggingface_worker.py", arguments, ranks=task.ranks, threads=1)
+    compared = task.name == "fine_tune" and kind == "original"
+    return Run(task, kind, ranks, difference(weights["ours"], weights[kind]) if compared else None)
+
+
+def difference(one: Path, other: Path) -> float:
+    """Return how far two files of weights are apart at most, relative to the largest weight of the tensor."""
+    ours, theirs = (torch.load(path, weights_only=True) for path in (one, other))
+    return max(
+        float(
+            (ours[name].float() - theirs[name].float()).abs().max()
+            / theirs[name].float().abs().max().clamp(min=1e-6)
+        )
+        for name in theirs
+    )
+
+
+def of(runs: Sequence[Run], task: Task, kind: str, figure: Callable[[Run], float]) -> float:
+    """The median over the rounds."""
+    return statistics.median(figure(run) for run in runs if (run.task, run.kind) == (task, kind))
+
+
+def verdicts(runs: Sequence[Run]) -> list[tuple[str, bool]]:
+    """Hold the figures against the goals."""
+    found = []
+    for task in dict.fromkeys(run.task for run in runs):
+        where = f"{task.name}, stage {task.stage}, ranks {task.ranks}"
+        if task.name == "load":
+            time = of(runs, task, "ours", seconds) / of(runs, task, "original", seconds)
+            found.append(
+                _verdict(f"{where}: time, of the original's", time, time <= LOAD_GOAL, f"at most {LOAD_GOAL}")
+            )
+            peak = of(runs, task, "ours", peak_bytes) / of(runs, task, "original", peak_bytes)
+            found.append(
+                _verdict(f"{where}: memory at the peak, of the original's", peak, peak <= 1, "at most 1")
+            )
+            continue
+        goal = TRAINER_GOAL if task.name == "fine_tune" else GENERATE_GOAL
+        faster = of(runs, task, "original", seconds) / of(runs, task, "ours", seconds)
+        found.append(_verdict(f"{where}: times as fast", faster, faster >= goal, f"at least {goal}"))
+    return found
+
+
+def _verdict(what: str, value: float, met: bool, goal: str) -> tuple[str, bool]:
+    return f"- {what}: {value:.2f} (goal: {goal}, {'met' if met else 'NOT met'}).", met
+
+
+def seconds(run: Run) -> float:
+    """Seconds of a run: of a step where it trains."""
+    return run.most("step" if run.task.name == "fine_tune" else "seconds")
+
+
+def peak_bytes(run: Run) -> float:
+    """Bytes that a rank needed at its peak."""
+    return run.most("peak")
+
+
+def report(runs: Sequence[Run], head: dict[str, Any], options: argparse.Namespace) -> Path:
+    """Write JSON and Markdown; return the path of the page."""
+    versions = {name: runs[0].ranks[0]["versions"][name] for name in ("torch", "transformers")}
+    versions |= {run.kind: run.ranks[0]["versions"]["deepspeed"] for run in runs}
+    titles = ["", "ours s", "original s", "ours MiB", "original MiB", "weights differ by"]
+    rows = []
+    for task in dict.fromkeys(run.task for run in runs):
+        row = [f"{task.name}, stage {task.stage}, ranks {task.ranks}"]
+        row += [f"{of(runs, task, kind, seconds):.3f}" for kind in KINDS]
+        loads = task.name == "load"
+        row += [f"{of(runs, task, kind, peak_bytes) / MIB:.0f}" if loads else "" for kind in KINDS]
+        apart = [run.difference for run in runs if run.task == task and run.difference is not None]
+        rows.append([*row, f"{max(apart):.1e}" if apart else ""])
+    paragraphs = [
+        "# Hugging Face",
+        f"Rounds: {options.rounds}; medians of the slowest rank.",
+        *header_lines(head, versions),
+        markdown_table(titles, rows),
+        "\n".join(text for text, _ in verdicts(runs)),
+        "*fine_tune*: a step of the Trainer, GPT-2 of 30M parameters, fp32, 4 x 128 tokens a rank. *weights differ "
+        "by*: at most, after 24 steps on each, relative to the largest weight of a tensor. *load*: from_pretrained of "
+        "500M parameters in bf16, memory beyond that before. *generate*: 64 tokens.",
+    ]
+    return write(
+        "huggingface",
+        {**head, "versions": versions, "runs": [asdict(run) for run in runs]},
+        paragraphs,
+        options.out,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
