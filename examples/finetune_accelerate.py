@@ -57,7 +57,9 @@ def make_accelerator() -> Accelerator:
     )
 
 
-def prepare(accelerator: Accelerator, steps: int) -> tuple[torch.nn.Module, object, object, Iterator[list[torch.Tensor]]]:
+def prepare(
+    accelerator: Accelerator, steps: int
+) -> tuple[torch.nn.Module, object, object, Iterator[list[torch.Tensor]]]:
     """Return model, optimizer, schedule and batches, as Accelerate wraps them."""
     transformers.set_seed(0)
     config = transformers.GPT2Config(

@@ -1,4 +1,4 @@
-"""The examples with transformers' Trainer and Accelerate from their command lines: they do what their first lines promise."""
+"""The examples with the Trainer and Accelerate from their command lines: they do what their first lines promise."""
 
 from __future__ import annotations
 

@@ -38,14 +38,15 @@ def test_first_script_trains_and_saves(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_script_of_the_originals_users_runs(tmp_path):
-    (code,) = blocks("docs/migrating.md", "python")
+@pytest.mark.parametrize("page", ["docs/migrating.md", "docs/from-fsdp.md"])
+def test_the_script_for_those_who_come_from_elsewhere_runs(page, tmp_path):
+    (code,) = blocks(page, "python")
     run_block(code, tmp_path)
 
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/index.md", "docs/getting-started.md", "docs/migrating.md"],
+    ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))],
 )
 def test_links_lead_somewhere(page):
     source = ROOT / page
