@@ -23,7 +23,13 @@ def choose_optimizer(
     client: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None,
     model_parameters: Iterable[Any] | None,
 ) -> torch.optim.Optimizer | None:
-    """Return the user's optimizer, or the configured one over the user's parameters, or None."""
+    """Return the user's optimizer, or the configured one over the user's parameters, or None.
+
+    Without either nobody asks for `model_parameters`: Lightning gives an empty list to evaluate.
+    """
+    configured = None if settings.optimizer is None else settings.optimizer.type
+    if client is None and configured is None:
+        return None
     if isinstance(client, torch.optim.Optimizer):
         optimizer = client
     else:
@@ -31,8 +37,8 @@ def choose_optimizer(
         groups = param_groups(module, model_parameters)
         if client is not None:
             optimizer = _made_by(client, groups, in_groups=_are_groups(model_parameters))
-        elif settings.optimizer is not None and settings.optimizer.type is not None and groups:
-            optimizer = _configured(module, settings, settings.optimizer.type, groups)
+        elif configured is not None and groups:
+            optimizer = _configured(module, settings, configured, groups)
         else:
             return None
     _drop_frozen(optimizer)

@@ -137,5 +137,10 @@ def test_odd_forms_of_model_parameters():
         deepspeed.initialize(model=model, model_parameters=used, config=config)
     with pytest.raises(ConfigError, match="or param groups, got 'weight'"):
         deepspeed.initialize(model=model, model_parameters=["weight"], config=config)
+    evaluates, optimizer, *_ = deepspeed.initialize(
+        model=nn.Linear(3, 2), model_parameters=[], config={"train_batch_size": 2}
+    )
+    assert optimizer is None
+    assert evaluates(torch.ones(1, 3)).shape == (1, 2)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.weight, config=config)
     assert [len(unit.params) for unit in engine.optimizer.units] == [1]
