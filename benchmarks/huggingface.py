@@ -181,7 +181,7 @@ def report(runs: Sequence[Run], head: dict[str, Any], options: argparse.Namespac
     """Write JSON and Markdown; return the path of the page."""
     versions = {name: runs[0].ranks[0]["versions"][name] for name in ("torch", "transformers")}
     versions |= {run.kind: run.ranks[0]["versions"]["deepspeed"] for run in runs}
-    titles = ["", "ours s", "original s", "ours MiB", "original MiB", "weights differ by"]
+    titles = ["", "ours s", "original s", "ours MiB", "original MiB", "results differ by"]
     rows = []
     for task in dict.fromkeys(run.task for run in runs):
         row = [f"{task.name}, stage {task.stage}, ranks {task.ranks}"]
@@ -189,6 +189,8 @@ def report(runs: Sequence[Run], head: dict[str, Any], options: argparse.Namespac
         loads = task.name == "load"
         row += [f"{of(runs, task, kind, peak_bytes) / MIB:.0f}" if loads else "" for kind in KINDS]
         apart = [run.difference for run in runs if run.task == task and run.difference is not None]
+        if task.name == "generate":
+            apart = [float(len({tuple(run.ranks[0]["tokens"]) for run in runs if run.task == task}) - 1)]
         rows.append([*row, f"{max(apart):.1e}" if apart else ""])
     paragraphs = [
         "# Hugging Face",
@@ -196,8 +198,8 @@ def report(runs: Sequence[Run], head: dict[str, Any], options: argparse.Namespac
         *header_lines(head, versions),
         markdown_table(titles, rows),
         "\n".join(text for text, _ in verdicts(runs)),
-        "*fine_tune*: a step of the Trainer, GPT-2 of 30M parameters, fp32, 4 x 128 tokens a rank. *weights differ "
-        "by*: at most, after 24 steps on each, relative to the largest weight of a tensor. *load*: from_pretrained of "
+        "*fine_tune*: a step of the Trainer, GPT-2 of 30M parameters, fp32, 4 x 128 tokens a rank. *results differ "
+        "by*: weights after 24 steps, at most, relative to the largest weight of a tensor; texts that are not the same. *load*: from_pretrained of "
         "500M parameters in bf16, memory beyond that before. *generate*: 64 tokens.",
     ]
     return write(

@@ -6,7 +6,6 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
 import transformers
 from gpt_example import EXAMPLES, run
 
@@ -26,9 +25,8 @@ def test_the_trainer_learns_and_saves_a_model_for_from_pretrained(tmp_path):
     assert all(param.numel() for param in model.parameters())
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_loop_with_accelerate_stops_resumes_and_saves(tmp_path, stage):
-    launch = ["--zero_stage", str(stage), "--zero3_save_16bit_model", "true"]
+def test_a_loop_with_accelerate_stops_resumes_and_saves(tmp_path):
+    launch = ["--zero_stage", "3", "--zero3_save_16bit_model", "true"]
     output = launched("finetune_accelerate.py", "--steps", "20", folder=tmp_path, launch=launch)
     first, *_, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", output))
     assert last < first - 0.5

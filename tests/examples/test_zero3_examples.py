@@ -41,12 +41,10 @@ def test_over_budget_trains_on_the_ranks_it_asks_for(tmp_path):
     assert "take 0.8 MiB on each of 2 ranks, within the budget of 1 MiB; at most 0." in output
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_lora_learns_and_saves_the_adapter_whole(tmp_path, architecture):
+def test_lora_learns_and_saves_the_adapter_whole(tmp_path):
     pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
-    options = ("--architecture", architecture, "--steps", 10)
-    output = on_two_ranks(LORA, *options, folder=tmp_path)
+    output = on_two_ranks(LORA, "--steps", 10, folder=tmp_path)
     curve = losses(output)
     assert curve[-1] < curve[0] - 0.3
     folder = tmp_path / "runs" / "lora"
