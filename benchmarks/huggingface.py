@@ -199,7 +199,7 @@ def report(runs: Sequence[Run], head: dict[str, Any], options: argparse.Namespac
         markdown_table(titles, rows),
         "\n".join(text for text, _ in verdicts(runs)),
         "*fine_tune*: a step of the Trainer, GPT-2 of 30M parameters, fp32, 4 x 128 tokens a rank. *results differ "
-        "by*: weights after 24 steps, at most, relative to the largest weight of a tensor; texts that are not the same. "
+        "by*: weights after 24 steps, at most, relative to the largest weight of a tensor; texts that differ. "
         "*load*: from_pretrained of 500M parameters in bf16, memory beyond that before. *generate*: 64 tokens.",
     ]
     return write(
