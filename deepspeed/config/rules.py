@@ -110,7 +110,12 @@ def _offload(config: DeepSpeedConfig) -> Lines:
     zero = config.zero_optimization
     for name in ("offload_param", "offload_optimizer"):
         section = getattr(zero, name)
-        if section is not None and section.device == "nvme" and not section.nvme_path:
+        if section is None or section.device != "nvme":
+            continue
+        if section.nvme_path is None or str(section.nvme_path).lower() in (
+            "",
+            "none",
+        ):  # Accelerate says "none"
             yield (
                 f"zero_optimization.{name}.nvme_path: expected a folder with device nvme, got "
                 f"{shown(section.nvme_path)}; add the path of a folder on the drive"

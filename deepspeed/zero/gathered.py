@@ -193,24 +193,30 @@ def whole_values(state: dict[str, Any], *, keep: bool) -> dict[str, Any] | None:
     """Return a state dict with whole values, one parameter after the other; None where they are not kept.
 
     Args:
-        state: names and tensors (``state_dict(keep_vars=True)``), the same names on every rank. What is
-            released is copied to host memory, a tensor that stands under two names once.
+        state: names and tensors (``state_dict(keep_vars=True)``), the same names on every rank. Sharded
+            parameters are copied to host memory, one that stands under two names once.
         keep: whether this rank wants them.
+
+    Those that stay whole are copied too: they are views of a flat, and what saves a state dict takes tensors
+    that share memory for tied ones and drops them.
     """
     copies: dict[int, Tensor] = {}
     whole = {}
     for name, value in state.items():
-        if is_zero_param(value) and not value.ds_persist:
+        if is_zero_param(value):
             if id(value) not in copies:
-                copies[id(value)] = _copy_of(value.ds_slot, keep=keep)
+                copies[id(value)] = _copy_of(value, keep=keep)
             whole[name] = copies[id(value)]
         else:
             whole[name] = value.detach() if isinstance(value, Tensor) else value
     return whole if keep else None
 
 
-def _copy_of(slot: Slot, *, keep: bool) -> Tensor:
+def _copy_of(param: Any, *, keep: bool) -> Tensor:
     """Read a parameter into host memory; a rank that keeps nothing helps the others where they need it."""
+    if param.ds_persist:
+        return param.detach().to("cpu", copy=keep)  # type: ignore[no-any-return]
+    slot: Slot = param.ds_slot
     unit = slot.unit
     if not keep and unit.held.reads_alone:
         return torch.empty(0)
