@@ -137,6 +137,8 @@ def _stepped(
     twin = _stateless_twin(optimizer, {**copy.deepcopy(options), "params": params})
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         try:
+            if hasattr(twin, "train"):  # schedule-free optimizers take steps only in this mode
+                twin.train()
             for step in grads:
                 for param, grad in zip(params, step, strict=True):
                     param.grad = grad.to(device, copy=True)

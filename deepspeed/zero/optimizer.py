@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -205,6 +206,34 @@ class ZeroOptimizer(WrappedOptimizer):
         if leaf.unit.has_master:
             with self.states.present(leaf, changed=False):
                 leaf.write_out()
+
+    @torch.no_grad()
+    def change_masters(self, change: Callable[[], Any]) -> None:
+        """Let `change` write to all masters between steps, and spread what it wrote. All ranks call it.
+
+        Raises:
+            UsageError: the masters are not in memory.
+        """
+        if self.states.are_away or not self.parking.is_empty:
+            raise UsageError(
+                f"optimizer.train, optimizer.eval: expected the weights of {type(self.optimizer).__name__} in memory, "
+                "but they are away; use zero_optimization.offload_optimizer.device none or cpu, and call "
+                "engine.reload_states() first"
+            )
+        self.states.before_change()
+        if self.parameter_offload is not None:
+            self.parameter_offload.end_step()
+        for unit in self.units:
+            unit.adopt_edits()
+        with ExitStack() as changing:
+            for unit in self.units:
+                changing.enter_context(unit.changing())
+            change()
+            for unit, leaves in self.states.leaves.items():
+                for leaf in leaves:
+                    self._mirror(leaf)
+                self.states.deliver(unit)
+                unit.publish()
 
     def _states(self, kind: OffloadStateTypeEnum) -> list[Tensor]:
         """Find the tensors of one kind of state."""

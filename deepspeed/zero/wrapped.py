@@ -17,6 +17,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     optimizer: torch.optim.Optimizer
     parking: Parking
+    change_masters: Callable[[Callable[[], Any]], None]
     _hooks_before: OrderedDict[int, Callable]
     _hooks_after: OrderedDict[int, Callable]
 
@@ -49,6 +50,21 @@ class WrappedOptimizer(torch.optim.Optimizer):
             "add_param_group: parameters are laid out by deepspeed.initialize and cannot be added later; "
             "pass all of them in model_parameters, or initialize again"
         )
+
+    def train(self) -> None:
+        """Let an optimizer that evaluates with other weights (a schedule-free one) show those that it trains.
+
+        All ranks call it. With other optimizers it does nothing, like `eval`.
+        """
+        show = getattr(self.optimizer, "train", None)
+        if show is not None:
+            self.change_masters(show)
+
+    def eval(self) -> None:
+        """Let such an optimizer show the weights that are to be evaluated or saved; `train` goes on. All ranks."""
+        show = getattr(self.optimizer, "eval", None)
+        if show is not None:
+            self.change_masters(show)
 
     def register_step_pre_hook(self, hook: Callable) -> torch.utils.hooks.RemovableHandle:
         """Call ``hook(optimizer, args, kwargs)`` before each step."""

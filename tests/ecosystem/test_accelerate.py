@@ -8,10 +8,11 @@ import warnings
 from functools import partial
 
 import pytest
+import schedulefree
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler
-from accelerating import accelerating, forget, loader, same, tiny_llama, train
+from accelerating import accelerating, forget, loader, same, sentences, tiny_llama, train, whole_weights
 from harness import run_on_ranks
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -261,6 +262,48 @@ def resumed(stage, mixed_precision, dummies, folder, model_folder):
 )
 def test_a_saved_state_is_resumed_bit_by_bit(ranks, stage, mixed_precision, dummies, tmp_path, llama):
     run_on_ranks(ranks, resumed, stage, mixed_precision, dummies, str(tmp_path / "state"), llama)
+
+
+def schedule_free(kind, stage, mixed_precision, folder):
+    """Weights for training and for evaluation are different; both are right on every rank."""
+
+    def run(accelerator):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        optimizer = kind(model.parameters(), lr=0.05)
+        model, optimizer, batches = accelerator.prepare(model, optimizer, loader())
+        runs = []
+        for _ in range(2):
+            optimizer.train()
+            runs.append(train(accelerator, model, optimizer, batches, clip=0.5))
+            optimizer.eval()
+            model.eval()
+            with torch.no_grad():  # every rank sees the averaged weights, at stage 3 too
+                batch = sentences(1)[0]["input_ids"][None]
+                runs[-1].losses.append(model(input_ids=batch, labels=batch).loss.item())
+            runs[-1].weights |= {f"eval {k}": v for k, v in whole_weights(accelerator, model).items()}
+        return runs
+
+    with accelerating() as accelerator:
+        expected = run(accelerator)
+    asked = plugin(stage, gradient_clipping=0.5)
+    tolerance = 3e-5 if mixed_precision == "no" else 5e-2
+    with accelerating(asked, mixed_precision=mixed_precision) as accelerator:
+        for one, other in zip(run(accelerator), expected, strict=True):
+            one.weights = {name: value.float() for name, value in one.weights.items()}
+            same(one, other, tolerance=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "name", "mixed_precision"),
+    [
+        (1, 2, "SGDScheduleFree", "no"),
+        (2, 1, "SGDScheduleFree", "no"),
+        (2, 2, "SGDScheduleFree", "bf16"),
+        (2, 3, "AdamWScheduleFree", "no"),
+    ],
+)
+def test_a_schedule_free_optimizer_shows_its_two_kinds_of_weights(ranks, stage, name, mixed_precision, llama):
+    run_on_ranks(ranks, schedule_free, getattr(schedulefree, name), stage, mixed_precision, llama)
 
 
 def counted_once():
