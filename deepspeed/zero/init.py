@@ -10,6 +10,10 @@ An initialiser may take a view and write to it next (``nn.init.orthogonal_``, ``
 which a view was taken stays whole until the running constructor ends, another begins, or views of a few more
 units have been taken.
 
+What a parametrization computes a weight from (``torch.nn.utils.parametrizations.weight_norm``) stays whole until
+``initialize``: whoever reads the weight, an initialiser on the first rank alone for one, reads that too and
+cannot name it to ``GatheredParameters``.
+
 The constructors of tensors are wrapped too, so that parameters are made in the dtype and on the device that
 training will use. Outside of a ``with`` block nothing of torch is changed.
 """
@@ -17,12 +21,13 @@ training will use. Outside of a ``with`` block nothing of torch is changed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
@@ -193,16 +198,17 @@ class Construction:
             self._under_way.pop()
         self._take_back()
         if outermost:
-            self._shard(module.__class__.__name__, module.named_parameters(recurse=bool(not self._under_way)))
+            self._shard(module.__class__.__name__, module, recurse=not self._under_way)
 
     def shard_all(self, module: nn.Module) -> None:
         """Shard a finished module."""
-        self._shard("", module.named_parameters())
+        self._shard("", module, recurse=True)
         self._close()
 
-    def _shard(self, prefix: str, named: Iterator[tuple[str, nn.Parameter]]) -> None:
-        for name, param in list(named):
-            if slot_of(param) is None and not param.is_meta:
+    def _shard(self, prefix: str, module: nn.Module, *, recurse: bool) -> None:
+        computed_from = _parametrised(module.modules() if recurse else [module])
+        for name, param in list(module.named_parameters(recurse=recurse)):
+            if slot_of(param) is None and not param.is_meta and id(param) not in computed_from:
                 self._make_unit(f"{prefix}.{name}" if prefix else name, param)
 
     def _make_unit(self, name: str, param: nn.Parameter) -> None:
@@ -224,6 +230,12 @@ class Construction:
         if self._device.type == "cpu" and self._untrimmed >= TRIM_EVERY:
             self._untrimmed = 0
             get_accelerator().empty_cache()
+
+
+def _parametrised(modules: Iterable[nn.Module]) -> set[int]:
+    """Return the ids of parameters from which ``torch.nn.utils.parametrize`` computes others."""
+    lists = (one for one in modules if isinstance(one, ParametrizationList))
+    return {id(param) for one in lists for param in one.parameters(recurse=False)}
 
 
 def _tensor_wrapper() -> Callable[..., Any]:

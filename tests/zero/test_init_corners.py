@@ -78,6 +78,19 @@ def test_initialisers_that_write_to_views():
     run_on_ranks(2, views_are_written_to)
 
 
+def device_contexts_work_afterwards():
+    torch.utils._device._device_constructors.cache_clear()  # as in a process that has used none yet
+    with deepspeed.zero.Init(), torch.device("meta"):
+        nn.Linear(3, 3)
+    with torch.device("meta"):
+        assert torch.empty(1).is_meta
+        assert torch.arange(2).is_meta
+
+
+def test_a_device_context_first_used_inside():
+    run_on_ranks(1, device_contexts_work_afterwards)
+
+
 class Broken(nn.Module):
     def __init__(self, *, view=False):
         super().__init__()
