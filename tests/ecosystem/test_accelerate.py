@@ -11,8 +11,9 @@ import pytest
 import schedulefree
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler
+from accelerate.utils import DeepSpeedPlugin, DeepSpeedSchedulerWrapper, DummyOptim, DummyScheduler
 from accelerating import accelerating, forget, loader, same, sentences, tiny_llama, train, whole_weights
+from deepspeed.runtime.lr_schedules import WarmupLR
 from harness import run_on_ranks
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -164,6 +165,26 @@ ENVIRONMENT = {
     "ACCELERATE_MIXED_PRECISION": "bf16",
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
 }
+
+
+def own_schedule_and_incomplete_accumulation():
+    """A WarmupLR made by hand is the engine's; the last batches of a loader are a step though they are too few."""
+    asked = plugin(2, gradient_accumulation_steps=3)
+    with accelerating(asked, step_scheduler_with_optimizer=False) as accelerator:
+        model = tiny_llama()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        schedule = WarmupLR(optimizer, warmup_max_lr=0.5, warmup_num_steps=4, warmup_type="linear")
+        model, optimizer, batches, schedule = accelerator.prepare(model, optimizer, loader(16), schedule)
+        assert type(schedule) is DeepSpeedSchedulerWrapper
+        run = train(accelerator, model, optimizer, batches, schedule)
+        assert model.global_steps == 3  # of 8 batches
+        assert run.rates[-1] == model.get_lr()[0] == schedule.get_last_lr()[0]
+        assert run.rates[-1] == pytest.approx(0.5 * 3 / 4, abs=0.13)
+        assert sorted(run.rates) == run.rates
+
+
+def test_a_deepspeed_schedule_and_an_incomplete_accumulation():
+    run_on_ranks(1, own_schedule_and_incomplete_accumulation)
 
 
 def of_arguments_and_environment():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from functools import partial
+from importlib.util import find_spec
 
 import peft
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate.utils import DeepSpeedPlugin
 from accelerating import accelerating, loader, same, tiny_llama, train
 from harness import run_on_ranks
@@ -145,6 +147,47 @@ def allocates_ranks_like_plain(stage):
 @pytest.mark.parametrize(("ranks", "stage"), [(2, 1), (1, 2), (2, 3)])
 def test_adalora_allocates_ranks_from_the_whole_gradients(ranks, stage):
     run_on_ranks(ranks, allocates_ranks_like_plain, stage)
+
+
+def quantised(folder, storage):
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=storage
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
+        )
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        return peft.get_peft_model(model, peft.LoraConfig(**LORA, init_lora_weights=False)).train()
+
+
+def trains_on_a_quantised_base(stage, storage, folder):
+    twins = Twins(seeded(1, partial(quantised, folder, storage)), stage=stage, lr=0.05)
+    layer = twins.engine.module.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    assert type(layer).__name__ == "Linear4bit"
+    assert str(layer.weight.dtype) == f"torch.{storage}"
+    for _ in range(3):
+        twins.backward_everywhere(loss_of)
+        twins.engine.step()
+        twins.plain_step()
+    state = twins.engine.module_state_dict()
+    for name, value in twins.plain.named_parameters():
+        if value.requires_grad:
+            torch.testing.assert_close(state[name], value.detach(), rtol=1e-5, atol=1e-5)
+        else:  # packed numbers, of which some are no numbers when they are read as floats
+            assert torch.equal(state[name].view(torch.uint8), value.view(torch.uint8)), name
+    twins.engine.destroy()
+
+
+@pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes, which is optional, is not installed"
+)
+@pytest.mark.parametrize(
+    ("ranks", "stage", "storage"), [(1, 2, "uint8"), (2, 0, "uint8"), (2, 3, "uint8"), (2, 3, "float32")]
+)
+def test_an_adapter_is_trained_on_a_quantised_frozen_base(ranks, stage, storage, llama):
+    run_on_ranks(ranks, trains_on_a_quantised_base, stage, storage, llama)
 
 
 def copies_before_an_engine_exists():
