@@ -108,8 +108,9 @@ def _explain(
     if dp > 1 and _counted_by_accelerate() == 1:
         text += (
             "\n  Accelerate counts 1 process, as it does without a GPU until a backend is named: pass "
-            'kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator, or ddp_backend="gloo" to '
-            "TrainingArguments"
+            'kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator; for a Trainer, launch with '
+            'accelerate launch --use_deepspeed, make PartialState(backend="gloo") first, and pass '
+            'accelerator_config={"use_configured_state": True} to TrainingArguments'
         )
     return text
 

@@ -112,10 +112,7 @@ def _offload(config: DeepSpeedConfig) -> Lines:
         section = getattr(zero, name)
         if section is None or section.device != "nvme":
             continue
-        if section.nvme_path is None or str(section.nvme_path).lower() in (
-            "",
-            "none",
-        ):  # Accelerate says "none"
+        if str(section.nvme_path or "none").lower() == "none":  # which is what Accelerate says
             yield (
                 f"zero_optimization.{name}.nvme_path: expected a folder with device nvme, got "
                 f"{shown(section.nvme_path)}; add the path of a folder on the drive"

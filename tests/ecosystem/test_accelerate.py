@@ -341,7 +341,7 @@ def counted_once():
         os.environ.update(kept)
     assert "Accelerate counts 1 process" in str(caught.value)
     assert 'InitProcessGroupKwargs(backend="gloo")' in str(caught.value)
-    assert 'ddp_backend="gloo"' in str(caught.value)
+    assert 'PartialState(backend="gloo")' in str(caught.value)
 
 
 def test_an_accelerator_that_counts_one_process_of_two_is_told_the_way_out():
