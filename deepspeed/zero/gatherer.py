@@ -418,8 +418,9 @@ class Gatherer:
         for unit in self.units:
             if unit.memory.is_viewed:
                 warn_once(
-                    f"{unit.names[0]}: a view of its values is kept (param.data, weight.t(), ...), so they stay in "
-                    "memory and in the view as they were then (ZeRO stage 3); keep a clone(), or drop the view"
+                    f"{unit.names[0]}: a view of its values is kept (param.data, weight.t(), param.numpy(), ...), so "
+                    "they stay in memory and in the view as they were then (ZeRO stage 3); keep a clone(), or drop "
+                    "the view; give numpy a clone()"
                 )
 
 

@@ -10,7 +10,8 @@ its unit was gathered (gatherer.py).
 Note [Kept views]
 Python can keep a view that neither knows of: ``self.cache = self.weight.t()``, ``[p.data for p in params]``. A
 storage counts its tensors, so a release sees that there are more than it knows of; the memory stays then, with
-the values of that moment, until a later release finds the view gone.
+the values of that moment, until a later release finds the view gone. ``param.numpy()`` forbids the storage to be
+resized ever again; the memory then stays for good, and gathers fill it anew.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class FlatMemory:
 
     @property
     def is_viewed(self) -> bool:
-        """Whether somebody keeps a view that is not guarded. See note [Kept views]."""
-        return self._owners > self._first + self.guarded
+        """Whether somebody keeps, or has lent to numpy, a view that is not guarded. See note [Kept views]."""
+        return self._owners > self._first + self.guarded or not self._storage.resizable()
 
     @property
     def _owners(self) -> int:

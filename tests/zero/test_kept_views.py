@@ -107,3 +107,15 @@ def test_what_a_gathered_context_gave_can_be_read_after_it():
         kept = [param.data for param in params]
     for value, want in zip(kept, expected, strict=True):
         assert torch.equal(value, want)
+
+
+@on_ranks(2)
+def test_training_goes_on_from_values_that_were_given_to_numpy():
+    twins = Twins(seeded(0, lambda: nn.Sequential(nn.Linear(SIZE, SIZE), nn.Tanh(), nn.Linear(SIZE, SIZE))))
+    for index in range(3):
+        train(twins, index)
+        with zero.GatheredParameters(twins.engine.module.parameters()):
+            given = [param.detach().numpy().copy() for param in twins.engine.module.parameters()]
+        for ours, plain in zip(given, twins.plain.parameters(), strict=True):
+            torch.testing.assert_close(torch.tensor(ours), plain.detach(), rtol=1e-5, atol=1e-6)
+    twins.finish()
