@@ -8,33 +8,92 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
 
-HERE, EXAMPLES = "tests/ecosystem", "tests/examples/test_huggingface_examples.py"
-WORKS, REFUSED = "works", "refused by name"
+HERE = "tests/ecosystem"
+WORKS, REFUSED, THEIRS = "works", "refused by name", "not applicable: the library refuses it"
 
-# library -> feature, verdict, the test that holds it (file::name), or for what does not apply: why
+# library -> feature, verdict, the test that holds it (file::name)
 TABLE: dict[str, list[tuple[str, str, str]]] = {
     "transformers": [
         (
-            "Trainer with a file of `auto` values, two ranks",
+            "Trainer, `auto` values, each mix of the file's and the Trainer's optimizer and schedule",
             WORKS,
-            f"{EXAMPLES}::test_the_trainer_learns_and_saves_a_model_for_from_pretrained",
+            f"{HERE}/test_trainer.py::test_optimizer_and_schedule_of_the_config_or_the_trainer",
         ),
         (
-            "whole weights of `save_16bit_model` read by `from_pretrained`",
+            "Trainer in bf16 and fp16, stages 0 to 3",
             WORKS,
-            "tests/checkpoint/test_safetensors_weights.py::test_transformers_reads_saved_weights_in_a_fresh_process",
+            f"{HERE}/test_trainer.py::test_16_bit_at_every_stage",
+        ),
+        (
+            "Trainer with states and weights on the host and on disk",
+            WORKS,
+            f"{HERE}/test_trainer.py::test_offload",
+        ),
+        (
+            "gradient accumulation, equal to the big batch",
+            WORKS,
+            f"{HERE}/test_trainer.py::test_accumulated_micro_batches_are_the_big_batch",
+        ),
+        (
+            "gradient checkpointing at stage 3",
+            WORKS,
+            f"{HERE}/test_trainer.py::test_checkpointed_activations_at_stage_3",
+        ),
+        (
+            "`load_best_model_at_end`, whole weights saved from stage 3",
+            WORKS,
+            f"{HERE}/test_trainer.py::test_the_best_model_is_loaded_and_saved_whole",
+        ),
+        ("resuming, bit by bit", WORKS, f"{HERE}/test_trainer.py::test_resuming_changes_no_bit"),
+        (
+            "evaluation without training at stage 3",
+            WORKS,
+            f"{HERE}/test_trainer.py::test_evaluation_without_training_at_stage_3",
+        ),
+        ("`predict_with_generate`", WORKS, f"{HERE}/test_trainer.py::test_prediction_with_generate"),
+        (
+            "`auto_find_batch_size`",
+            WORKS,
+            f"{HERE}/test_trainer.py::test_a_batch_size_is_found_after_failures",
+        ),
+        (
+            "several Trainers one after the other",
+            WORKS,
+            f"{HERE}/test_trainer.py::test_one_model_in_several_trainers_one_after_the_other",
+        ),
+        (
+            "`from_pretrained` under ZeRO-3: shards, tied weights",
+            WORKS,
+            f"{HERE}/test_hf_config.py::test_from_pretrained",
+        ),
+        (
+            "missing weights",
+            WORKS,
+            f"{HERE}/test_hf_config.py::test_missing_weights_are_initialised_alike_on_all_ranks",
+        ),
+        ("`from_config` under ZeRO-3", WORKS, f"{HERE}/test_hf_config.py::test_from_config"),
+        ("`resize_token_embeddings`", WORKS, f"{HERE}/test_hf_config.py::test_token_embeddings_are_resized"),
+        (
+            "mixtures of experts, weight norms",
+            WORKS,
+            f"{HERE}/test_hf_config.py::test_experts_and_weight_norms_train_as_they_do_plainly",
         ),
         (
             "`generate` with `synced_gpus` where ranks finish at different times",
             WORKS,
-            "tests/zero/test_user_patterns.py::test_ranks_generate_different_lengths",
+            f"{HERE}/test_hf_config.py::test_ranks_that_finish_generating_at_different_times",
+        ),
+        (
+            "weights of `save_16bit_model` read by `from_pretrained`",
+            WORKS,
+            "tests/checkpoint/test_safetensors_weights.py::test_transformers_reads_saved_weights_in_a_fresh_process",
         ),
     ],
     "accelerate": [
         (
-            "`accelerate launch --use_deepspeed`, `save_state`, `load_state`",
+            "`accelerate launch --use_deepspeed`: every flag of one node",
             WORKS,
-            f"{EXAMPLES}::test_a_loop_with_accelerate_stops_resumes_and_saves",
+            f"{HERE}/test_accelerate_launch.py::test_every_flag_is_taken_and_shows_in_the_engine",
         ),
         (
             "a loop, stages 0 to 3, equal to Accelerate alone",
@@ -62,9 +121,39 @@ TABLE: dict[str, list[tuple[str, str, str]]] = {
             f"{HERE}/test_accelerate.py::test_a_saved_state_is_resumed_bit_by_bit",
         ),
         (
+            "schedule-free optimizers",
+            WORKS,
+            f"{HERE}/test_accelerate.py::test_a_schedule_free_optimizer_shows_its_two_kinds_of_weights",
+        ),
+        (
             "several ranks that it counts as one",
             REFUSED,
             f"{HERE}/test_accelerate.py::test_an_accelerator_that_counts_one_process_of_two_is_told_the_way_out",
+        ),
+        (
+            "several models with plugins of their own",
+            WORKS,
+            f"{HERE}/test_accelerate_models.py::test_two_models_with_plugins_of_their_own_live_side_by_side",
+        ),
+        (
+            "`free_memory`",
+            WORKS,
+            f"{HERE}/test_accelerate_models.py::test_free_memory_frees_the_engine_for_the_next_training",
+        ),
+        (
+            "`get_state_dict`, a model without an optimizer",
+            WORKS,
+            f"{HERE}/test_accelerate_models.py::test_a_model_without_an_optimizer_is_evaluated_and_saved_whole",
+        ),
+        (
+            "a dynamo plugin",
+            WORKS,
+            f"{HERE}/test_accelerate_models.py::test_a_dynamo_plugin_compiles_the_engine",
+        ),
+        (
+            "sequence parallelism",
+            REFUSED,
+            f"{HERE}/test_accelerate_models.py::test_sequence_parallelism_is_refused_in_one_sentence",
         ),
     ],
     "peft": [
@@ -83,16 +172,25 @@ TABLE: dict[str, list[tuple[str, str, str]]] = {
             WORKS,
             "tests/zero/test_peft.py::test_an_adapter_with_gradient_checkpointing",
         ),
-        ("saved adapters", WORKS, "tests/zero/test_peft.py::test_a_saved_adapter_is_complete"),
         (
             "switched, disabled and merged adapters",
             WORKS,
             "tests/zero/test_peft.py::test_adapters_are_switched_disabled_and_merged",
         ),
         (
-            "an adapter on a model that is born sharded",
+            "adapters of models born sharded, saved and merged",
             WORKS,
-            "tests/zero/test_peft.py::test_an_adapter_on_a_model_born_sharded",
+            f"{HERE}/test_peft_saving.py::test_an_adapter_of_a_model_born_sharded_is_saved_and_merged_whole",
+        ),
+        (
+            "AdaLora",
+            WORKS,
+            f"{HERE}/test_peft_saving.py::test_adalora_allocates_ranks_from_the_whole_gradients",
+        ),
+        (
+            "a quantised frozen base, where bitsandbytes is installed",
+            WORKS,
+            f"{HERE}/test_peft_saving.py::test_an_adapter_is_trained_on_a_quantised_frozen_base",
         ),
     ],
     "trl": [
@@ -101,6 +199,29 @@ TABLE: dict[str, list[tuple[str, str, str]]] = {
             WORKS,
             f"{HERE}/test_trl.py::test_trains_as_without_deepspeed",
         ),
+    ],
+    "lightning": [
+        (
+            "Fabric, its check for CUDA put aside, equal to DDP",
+            WORKS,
+            f"{HERE}/test_lightning.py::test_fabric_trains_as_with_ddp",
+        ),
+        (
+            "Trainer, its check for CUDA put aside, equal to DDP",
+            WORKS,
+            f"{HERE}/test_lightning.py::test_trainer_fits_tests_and_predicts_as_with_ddp",
+        ),
+        (
+            "Trainer's checkpoints, resumed bit by bit",
+            WORKS,
+            f"{HERE}/test_lightning.py::test_trainer_resumes_bit_by_bit_and_its_checkpoint_becomes_one_file",
+        ),
+        (
+            "the strategy's own configurations",
+            WORKS,
+            f"{HERE}/test_lightning.py::test_the_strategys_own_configurations_are_taken_without_a_word",
+        ),
+        ("the strategy without CUDA", THEIRS, f"{HERE}/test_lightning.py::test_cpu_is_refused_by_lightning"),
     ],
 }
 
