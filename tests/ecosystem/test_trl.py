@@ -72,3 +72,55 @@ def equals_plain(make, model):
 def test_trains_as_without_deepspeed(make, tmp_path):
     language_model().save_pretrained(tmp_path)
     run_on_ranks(2, equals_plain, make, str(tmp_path))
+
+
+def lora_sft(_model: str, arguments: dict[str, Any]) -> Any:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    adapter = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=True
+    )
+    arguments = {**arguments, "activation_checkpointing": True}
+    return SFTTrainer(
+        model=language_model(),
+        args=SFTConfig(max_length=16, **arguments),
+        train_dataset=Dataset.from_dict({"text": SENTENCES * 2}),
+        processing_class=tokenizer(),
+        peft_config=adapter,
+    )
+
+
+def synced_dpo(model: str, arguments: dict[str, Any]) -> Any:
+    """DPO whose reference model follows the trained one: two engines' weights, mixed as they lie."""
+    follow = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+    return dpo(model, {**arguments, **follow})
+
+
+def ungathered_grpo(model: str, arguments: dict[str, Any]) -> Any:
+    return grpo(model, {**arguments, "ds3_gather_for_generation": False})
+
+
+def stage_3_equals_plain(make, model):
+    from trl_runs import assert_same, trained
+
+    make = partial(globals()[make], model)
+    assert_same(trained(make, 3), trained(make, None))
+
+
+@pytest.mark.parametrize("make", ["synced_dpo", "lora_sft"])
+def test_trains_at_stage_3_as_without_deepspeed(make, tmp_path):
+    language_model().save_pretrained(tmp_path)
+    run_on_ranks(2, stage_3_equals_plain, make, str(tmp_path))
+
+
+def gathers_once_or_for_each_use(model):
+    from trl_runs import assert_same, trained
+
+    assert_same(trained(partial(ungathered_grpo, model), 3), trained(partial(grpo, model), 3), 0.0)
+
+
+def test_generation_with_and_without_hooks_gives_the_same_training(tmp_path):
+    language_model().save_pretrained(tmp_path)
+    run_on_ranks(2, gathers_once_or_for_each_use, str(tmp_path))

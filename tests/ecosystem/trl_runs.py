@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState, GradientState
+from accelerating import forget
 from torch import Tensor
 
 THEIRS = r"(accelerate|datasets|peft|tokenizers|torch|transformers|trl)\."
@@ -91,7 +91,7 @@ def trained(make: Callable[[dict[str, Any]], Any], stage: int | None, **changes:
 @contextmanager
 def fresh_state(*, deepspeed: bool) -> Iterator[None]:
     """Let Accelerate begin anew: what it remembers of the process is per process, not per trainer."""
-    _forget()
+    forget()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=THEIRS)
         if deepspeed:
@@ -101,13 +101,8 @@ def fresh_state(*, deepspeed: bool) -> Iterator[None]:
             yield
         finally:
             os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-            _forget()
+            forget()
             gc.collect()
-
-
-def _forget() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def assert_same(ours: Trained, plain: Trained, tolerance: float = 1e-5) -> None:
