@@ -199,6 +199,16 @@ TABLE: dict[str, list[tuple[str, str, str]]] = {
             WORKS,
             f"{HERE}/test_trl.py::test_trains_as_without_deepspeed",
         ),
+        (
+            "adapters and a reference model that follows, stage 3",
+            WORKS,
+            f"{HERE}/test_trl.py::test_trains_at_stage_3_as_without_deepspeed",
+        ),
+        (
+            "generation with hooks taken off and put on again",
+            WORKS,
+            f"{HERE}/test_trl.py::test_generation_with_and_without_hooks_gives_the_same_training",
+        ),
     ],
     "lightning": [
         (
@@ -222,6 +232,34 @@ TABLE: dict[str, list[tuple[str, str, str]]] = {
             f"{HERE}/test_lightning.py::test_the_strategys_own_configurations_are_taken_without_a_word",
         ),
         ("the strategy without CUDA", THEIRS, f"{HERE}/test_lightning.py::test_cpu_is_refused_by_lightning"),
+    ],
+    "diffusers": [
+        (
+            "a UNet fine-tuned, averages of weights, equal to plain PyTorch",
+            WORKS,
+            f"{HERE}/test_diffusers.py::test_a_unet_is_fine_tuned_as_in_plain_pytorch",
+        ),
+    ],
+    "datasets": [
+        (
+            "a streaming dataset as `training_data`",
+            WORKS,
+            f"{HERE}/test_streaming_data.py::test_an_engine_trains_on_a_stream_that_ranks_share",
+        ),
+    ],
+    "evaluate": [
+        (
+            "a metric over the predictions of all ranks",
+            WORKS,
+            f"{HERE}/test_streaming_data.py::test_a_metric_sees_what_all_ranks_predict",
+        ),
+    ],
+    "keras": [
+        (
+            "a model on the torch backend, equal to plain PyTorch",
+            WORKS,
+            f"{HERE}/test_keras.py::test_a_keras_model_trains_and_saves_as_in_plain_pytorch",
+        ),
     ],
 }
 
