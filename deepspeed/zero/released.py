@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from deepspeed.common.nested import tensors_in
 from deepspeed.errors import UsageError
@@ -227,9 +228,20 @@ def _answer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         return Alias.of(args[0])
     if func in MOVES and _stays(func, *args, **kwargs):
         return args[0]
-    if func == SET_DATA and args[0] is args[1]:  # what Module.to() does with a parameter that stays
+    if func is pad and _pads_nothing(*args, **kwargs):  # transformers, of the bias of every output embedding
+        return args[0]
+    if func == SET_DATA and _is_of(args[0], args[1]):  # what Module.to() does with a parameter that stays
         return None
     return VALUES_NEEDED
+
+
+def _pads_nothing(tensor: Any, widths: Any, *_: Any, **__: Any) -> bool:
+    return not any(widths)
+
+
+def _is_of(param: Any, value: Any) -> bool:
+    """Whether a value to set is the parameter itself, or what it gave as its ``.data``."""
+    return value is param or (isinstance(value, Alias) and value.ds_slot is getattr(param, "ds_slot", None))
 
 
 @cache

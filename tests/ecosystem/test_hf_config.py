@@ -48,6 +48,17 @@ def gpt2_config():
     )
 
 
+def bert_config():
+    return transformers.BertConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=32,
+    )
+
+
 def wav2vec2_config():
     return transformers.Wav2Vec2Config(
         hidden_size=16,
@@ -77,6 +88,7 @@ MODELS = {
     "llama": (transformers.LlamaForCausalLM, llama_config),
     "tied": (transformers.LlamaForCausalLM, lambda: llama_config(tie_word_embeddings=True)),
     "gpt2": (transformers.GPT2LMHeadModel, gpt2_config),
+    "bert": (transformers.BertForMaskedLM, bert_config),  # its output embeddings have a bias
     "mixtral": (transformers.MixtralForCausalLM, mixtral_config),
     "wav2vec2": (transformers.Wav2Vec2ForCTC, wav2vec2_config),
 }
@@ -135,10 +147,11 @@ def loads_as_plain(folder, kind, zero, dtype, options):
         ("llama", {"offload_param": {"device": "nvme"}}, torch.bfloat16, {"max_shard_size": "10KB"}),
         ("tied", {}, torch.float32, {}),
         ("gpt2", {}, torch.float32, {}),
+        ("bert", {}, torch.float32, {}),
         ("mixtral", {}, torch.float32, {}),
         ("wav2vec2", {}, torch.float32, {}),
     ],
-    ids=["bf16", "many_files", "cpu", "nvme", "tied", "gpt2", "experts", "weight_norm"],
+    ids=["bf16", "many_files", "cpu", "nvme", "tied", "gpt2", "bert", "experts", "weight_norm"],
 )
 def test_from_pretrained(kind, zero, dtype, options, tmp_path):
     if zero.get("offload_param", {}).get("device") == "nvme":
@@ -197,7 +210,7 @@ def builds_alike(kind):
         assert value.mean().item() == pytest.approx(expected[name].mean().item(), abs=scale), name
 
 
-@pytest.mark.parametrize("kind", ["tied", "gpt2", "mixtral"])
+@pytest.mark.parametrize("kind", ["tied", "gpt2", "bert", "mixtral"])
 def test_from_config(kind):
     run_on_ranks(2, builds_alike, kind)
 

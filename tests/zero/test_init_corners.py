@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from harness import run_on_ranks
 from torch import nn
+from torch.utils import _device
 
 import deepspeed
-from deepspeed.errors import ConfigError
+from deepspeed.errors import ConfigError, UsageError
 from deepspeed.zero import GatheredParameters
 
 
@@ -79,7 +80,7 @@ def test_initialisers_that_write_to_views():
 
 
 def device_contexts_work_afterwards():
-    torch.utils._device._device_constructors.cache_clear()  # as in a process that has used none yet
+    _device._device_constructors.cache_clear()  # as in a process that has used none yet
     with deepspeed.zero.Init(), torch.device("meta"):
         nn.Linear(3, 3)
     with torch.device("meta"):
@@ -89,6 +90,24 @@ def device_contexts_work_afterwards():
 
 def test_a_device_context_first_used_inside():
     run_on_ranks(1, device_contexts_work_afterwards)
+
+
+def what_changes_nothing_needs_no_values():
+    with deepspeed.zero.Init():
+        layer = nn.Linear(4, 4)
+    before = values_of(layer)
+    layer.bias.data = nn.functional.pad(layer.bias.data, (0, 0), "constant", 0)
+    layer.weight.data = layer.weight.data
+    if dist.get_world_size() > 1:  # one rank has everything
+        for changed in (lambda: nn.functional.pad(layer.bias.data, (0, 1)), lambda: layer.bias.data + 1):
+            with pytest.raises(UsageError, match="expected whole for"):
+                changed()
+    assert all(torch.equal(value, before[name]) for name, value in values_of(layer).items())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_values_set_as_they_are(ranks):
+    run_on_ranks(ranks, what_changes_nothing_needs_no_values)
 
 
 class Broken(nn.Module):
