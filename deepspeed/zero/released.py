@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 
 from deepspeed.common.nested import tensors_in
 from deepspeed.errors import UsageError
-from deepspeed.zero.slot import Slot, slot_of
+from deepspeed.zero.slot import Slot
 
 if TYPE_CHECKING:
     from deepspeed.zero.unit import Unit
@@ -124,8 +124,8 @@ class ShardedParameter:
             train. So such a parameter is gathered for its copy, which all ranks make. Later a copy is refused
             while the values are not here: often one rank wants it alone.
         """
-        slot = slot_of(self)  # none where it was made of a gathered one
-        together = slot is not None and slot.unit.may_resize
+        made_of_a_gathered_one = not hasattr(self, "ds_slot")
+        together = not made_of_a_gathered_one and self.ds_slot.unit.may_resize
         if together:
             self.all_gather()
         try:
