@@ -25,10 +25,9 @@ def patch_tensors(
     names: Iterable[str], wrap: Callable[..., Callable[..., Any]], dtype: torch.dtype, device: torch.device
 ) -> None:
     """Put ``wrap(constructor, target_fp_dtype=dtype, target_device=device)`` in the place of constructors of torch."""
+    # At its first use torch lists the constructors that such a context is for, and keeps the list.
     with torch.device("cpu"):
-        torch.empty(
-            0
-        )  # at its first use torch lists the constructors that a device is for, and keeps the list
+        torch.empty(0)
     for name in names:
         _replace(torch, name, wrap(getattr(torch, name), target_fp_dtype=dtype, target_device=device))
 
