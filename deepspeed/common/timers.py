@@ -129,9 +129,19 @@ class ThroughputTimer:
         self.steps_per_output = steps_per_output
         self.logging = logging_fn
         self.global_step_count = 0
+        self.epoch_count = 0
         self.total_elapsed_time = 0.0
         self._timer = Timer("throughput", synchronized=synchronized)
         self._running = False
+
+    @property
+    def started(self) -> bool:
+        """Whether a micro-step has begun that has not ended."""
+        return self._running
+
+    def update_epoch_count(self) -> None:
+        """Count an epoch; scripts call it at the end of each."""
+        self.epoch_count += 1
 
     def start(self) -> None:
         """Begin a micro-step; a step may have several."""

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from deepspeed.common.logging import logger, warn_once
 from deepspeed.common.nested import tensors_in
+from deepspeed.common.timers import ThroughputTimer
 from deepspeed.engine.accessors import EngineAccessors
 from deepspeed.engine.checkpointing import Checkpointing
 from deepspeed.engine.feature import Feature
+from deepspeed.engine.features.metrics import Throughput
 from deepspeed.engine.inputs import InputRules
 from deepspeed.engine.memory import MemoryControl
 from deepspeed.engine.structure import Structure
@@ -52,6 +54,7 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         micro_steps: micro-batches seen (calls of `step`).
         global_samples: samples seen over all ranks.
         skipped_steps: optimizer steps skipped for a gradient that was not finite.
+        tput_timer: samples per second over all ranks, and the epochs that the script counts with it.
     """
 
     def __init__(self, parts: EngineParts) -> None:
@@ -73,7 +76,8 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         self._gatherer = parts.gatherer
         self._units = parts.units
         self._sharding = parts.sharding
-        self._features: list[Feature] = parts.features
+        self.tput_timer = ThroughputTimer(parts.batch.train or 1, synchronized=False)
+        self._features: list[Feature] = [Throughput(self.tput_timer), *parts.features]
         self._make_loader: Callable[..., Any] = parts.make_loader
         self._inputs = InputRules(parts.device, parts.policy.storage if parts.policy.cast_inputs else None)
         self._boundary: bool | None = None

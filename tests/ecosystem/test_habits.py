@@ -220,6 +220,27 @@ def test_axolotl_s_spellings_are_understood(stage):
     run_on_ranks(1, axolotl, stage)
 
 
+def examples_of_deepspeed():
+    """DeepSpeed-Chat counts its epochs with the engine's timer, as many scripts made after it do."""
+    engine, *_ = deepspeed.initialize(model=net(), config=config(2, gradient_accumulation_steps=2))
+    for epoch in range(2):
+        engine.train()
+        train(engine, range(4))
+        engine.eval()
+        engine(torch.zeros(2, 8))
+        engine.tput_timer.update_epoch_count()
+        assert engine.tput_timer.epoch_count == epoch + 1
+    assert not engine.tput_timer.started
+    assert engine.tput_timer.global_step_count == engine.global_steps == 4
+    assert engine.tput_timer.avg_samples_per_sec() > 0
+    assert engine.tput_timer.batch_size == 4
+    engine.destroy()
+
+
+def test_epochs_and_samples_per_second_are_counted_for_the_script():
+    run_on_ranks(1, examples_of_deepspeed)
+
+
 def schedule_of_its_own():
     """Megatron-DeepSpeed's schedule counts samples."""
 

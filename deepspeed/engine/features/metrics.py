@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.common.timers import ThroughputTimer
 from deepspeed.engine.feature import Feature
 from deepspeed.zero.stage import RankGroup
 
@@ -82,3 +83,18 @@ class StepMetrics(Feature):
             comm.all_reduce(mean, group=self._data_parallel.process_group)
             mean /= self._data_parallel.size
         return float(mean)
+
+
+class Throughput(Feature):
+    """Time each step from its first forward to its end for `engine.tput_timer`, without waiting for the device."""
+
+    def __init__(self, timer: ThroughputTimer) -> None:
+        self._timer = timer
+
+    def forward_start(self, engine: DeepSpeedEngine) -> None:
+        if engine.training and not self._timer.started:
+            self._timer.start()
+
+    def step_end(self, engine: DeepSpeedEngine) -> None:
+        self._timer.batch_size = engine.train_batch_size() or 1
+        self._timer.stop(global_step=True)
