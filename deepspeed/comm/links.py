@@ -127,11 +127,12 @@ class Links:
             os.close(descriptor)
         return self._calls
 
-    def note(self, what: bytes) -> None:
-        """Tell all peers that this rank is in a call that does not go through rooms."""
+    def note(self, what: bytes) -> int:
+        """Tell all peers that this rank is in a call for which it fills no room; return the number of the call."""
         self.drain()
         self._calls += 1
         self._tell(SIGNAL.pack(NOTE, self._calls, 0, 0), what)
+        return self._calls
 
     def awaited(self, peer: int, call: int) -> Room:
         """Wait until `peer` has filled its room for this call, and return it.
@@ -142,14 +143,19 @@ class Links:
         self._wait_for(peer, call)
         return self._announced.pop((peer, call))
 
-    def is_here(self, call: int) -> bool:
-        """Tell whether every peer has filled its room for this call."""
-        self.drain()
-        return all((peer, call) in self._announced for peer in self._sockets)
-
-    def done(self, call: int) -> None:
-        """Tell all peers that their rooms of this call have been read; one that has ended need not know."""
+    def begun(self, call: int) -> None:
+        """Wait until every peer has begun this call (CommunicationError: as in `awaited`)."""
         for peer in self._sockets:
+            self._wait_for(peer, call)
+
+    def is_here(self, call: int) -> bool:
+        """Tell whether every peer has begun this call, and so filled its room for it."""
+        self.drain()
+        return all(latest >= call for latest in self._latest.values())
+
+    def done(self, call: int, *writers: int) -> None:
+        """Tell peers (none named: all) that their rooms of this call have been read; who has ended need not know."""
+        for peer in writers or self._sockets:
             with contextlib.suppress(ConnectionError):
                 self._send(peer, SIGNAL.pack(DONE, call, 0, 0))
 
@@ -158,8 +164,7 @@ class Links:
         self._calls += 1
         call = self._calls
         self._tell(SIGNAL.pack(SHARE, call, 0, 0), what, descriptor)
-        for peer in self._sockets:
-            self._wait_for(peer, call)
+        self.begun(call)
         return {peer: self._shared.pop((peer, call)) for peer in self._sockets}
 
     def drain(self) -> None:

@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import direct, shared
 from deepspeed.comm.calls import words
 from deepspeed.comm.collectives import by_torch, complete
-from deepspeed.comm.links import links_of
+from deepspeed.comm.links import Links, links_of
 from deepspeed.comm.log import logged, nbytes, total_nbytes
 
 
@@ -45,7 +45,38 @@ def initialize_mesh_device(mesh_shape: tuple[int, ...], mesh_dim_names: tuple[st
 def broadcast(tensor: Tensor, src: int, group: Any = None, async_op: bool = False, label: str = "") -> Any:
     """Send `tensor` from global rank `src` to every rank of `group`; `label` names it in errors."""
     what = words(f"broadcast from rank {src}", tensor.numel(), tensor.dtype, label)
-    return by_torch(what, group, dist.broadcast, tensor, src, async_op=async_op)
+    tensor = _stored(tensor)
+    links = links_of(group) if direct.is_on_host(group, tensor) else None
+    if links is None:
+        return by_torch(what, group, dist.broadcast, tensor, src, async_op=async_op)
+    everyone: Any = dist.group.WORLD
+    source = dist.get_group_rank(everyone if group is None else group, src)
+    with torch.no_grad():
+        return _broadcast(links, tensor.detach(), source, group, what, async_op)
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """Return the elements that an expanded tensor has in memory, once each."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _broadcast(links: Links, tensor: Tensor, source: int, group: Any, what: bytes, async_op: bool) -> Any:
+    """Copy through rooms, piece by piece; the source is one piece ahead of the others, or all where nobody waits."""
+    flat = tensor.contiguous().view(-1)
+    pending = []
+    for piece in flat.split(max(1, shared.PIECE // tensor.element_size())):
+        pending.append(shared.Broadcast(links, piece, source, what))
+        if not async_op:
+            pending.pop().wait()
+
+    def put_back() -> None:
+        tensor.copy_(flat.view(tensor.shape))
+
+    apart = flat.data_ptr() != tensor.data_ptr()
+    return complete(direct.DeferredWork(pending, what, group, put_back if apart else None), async_op)
 
 
 @logged("reduce", lambda tensor, *_, **__: nbytes(tensor))

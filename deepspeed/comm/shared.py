@@ -9,6 +9,7 @@ Note [Reading where it was written]
         reduce-scatter   write everybody else's chunks | sum my chunk from all rooms
         all-gather       write my chunk                | copy theirs
         all-reduce       of a small tensor: write it, sum it from all rooms
+        broadcast        the source writes         | the others copy
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from deepspeed.comm.summing import Summing
 
 BLOCK = 2**16  # elements summed at a time: their parts and the fp32 sum stay in the cache
 SMALL = 2**14  # elements up to which an all-reduce is one exchange
+PIECE = 2**22  # bytes of a broadcast that one room holds
 
 
 class SharedWork(dist.Work):
@@ -54,7 +56,9 @@ class SharedWork(dist.Work):
 
     @torch.no_grad()
     def _write(self, tensors: Sequence[Tensor]) -> int:
-        """Write tensors of one dtype to a room, one after the other, and announce it."""
+        """Write tensors of one dtype to a room, one after the other, and announce it; without any, note the call."""
+        if not tensors:
+            return self._links.note(self._what)
         numels, dtype = [tensor.numel() for tensor in tensors], tensors[0].dtype
         room = self._links.room(sum(numels) * dtype.itemsize)
         for place, tensor in zip(room.view(sum(numels), dtype).split(numels), tensors, strict=True):
@@ -120,6 +124,23 @@ class SumWhole(SharedWork):
 
     def _part_of(self, rank: int) -> Tensor:
         return self._links.awaited(rank, self._call).view(self._tensor.numel(), self._tensor.dtype)
+
+
+class Broadcast(SharedWork):
+    """Copy a piece (flat) of the source's tensor into the other ranks' `piece`; the source waits until they want it."""
+
+    def __init__(self, links: Links, piece: Tensor, source: int, what: bytes = b"") -> None:
+        super().__init__(links, [piece] if links.rank == source else [], what)
+        self._piece, self._source = piece, source
+
+    def _finish(self) -> None:
+        links, piece = self._links, self._piece
+        if links.rank == self._source:
+            links.begun(self._call)
+            return
+        room = links.awaited(self._source, self._call)
+        piece.copy_(room.view(piece.numel(), piece.dtype))
+        links.done(self._call, self._source)
 
 
 class ReduceEverywhere(dist.Work):

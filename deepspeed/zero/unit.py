@@ -140,14 +140,17 @@ class Unit:
         dtype = self.params[0].dtype
         for param in self.params[1:]:
             dtype = torch.promote_types(dtype, param.dtype)
-        given = torch.zeros(self.layout.total, dtype=dtype, device=device)
+        given = torch.empty(self.layout.total, dtype=dtype, device=device)
+        self.zero_gaps(given)
         everyone_has = True  # each value is read from where all ranks keep it
+        decides = self.sharding.everyone.rank == 0
         with torch.no_grad():
             for param, view in zip(self.params, self.views(given), strict=True):
                 slot = slot_of(param)
                 if slot is None or slot.unit.is_open:
-                    view.copy_(param)
                     everyone_has = False
+                    if decides:
+                        view.copy_(param)
                 else:
                     slot.unit.read(slot.index, view)
         for group in (self.sharding.shard_group, self.sharding.replica_group):

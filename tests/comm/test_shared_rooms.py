@@ -51,6 +51,63 @@ def test_an_all_reduce_equals_the_sum_in_rank_order_on_every_rank(numel, dtype):
     assert torch.equal(tensor, expected)
 
 
+@pytest.mark.parametrize("async_op", [False, True], ids=["at once", "later"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.bool, torch.complex64], ids=str)
+@on_ranks(3)
+def test_a_broadcast_gives_every_rank_the_tensor_of_its_source(monkeypatch, dtype, async_op):
+    monkeypatch.setattr(shared, "PIECE", 64)
+    for numel in (0, 1, 7, 200):
+        for source in range(3):
+            tensor = (torch.arange(numel) % 5 - dist.get_rank()).to(dtype)
+            work = comm.broadcast(tensor, source, async_op=async_op)
+            if async_op:
+                comm.barrier()
+                assert work.wait()
+                assert work.is_completed()
+            assert torch.equal(tensor, (torch.arange(numel) % 5 - source).to(dtype))
+
+
+@on_ranks(3)
+def test_a_broadcast_in_a_sub_group_takes_the_source_by_its_global_rank():
+    group = dist.new_group([1, 2])
+    tensor = torch.full((3,), float(dist.get_rank()))
+    if dist.get_rank() > 0:
+        comm.broadcast(tensor, 2, group=group)
+        assert tensor.tolist() == [2, 2, 2]
+
+
+@on_ranks(2)
+def test_a_broadcast_keeps_the_layout_of_tensors_that_are_not_contiguous():
+    rank = dist.get_rank()
+    turned = torch.arange(12.0).add(100 * rank).view(3, 4).t()
+    comm.broadcast(turned, 1)
+    assert torch.equal(turned, torch.arange(12.0).add(100).view(3, 4).t())
+    stored = torch.arange(3.0).add(100 * rank)
+    guard = torch.full((64,), 7.0)
+    comm.broadcast(stored.view(3, 1).expand(3, 50), 1)
+    assert stored.tolist() == [100, 101, 102]
+    assert guard.eq(7).all()
+
+
+@on_ranks(2)
+def test_the_source_of_a_long_broadcast_needs_few_rooms(monkeypatch):
+    monkeypatch.setattr(shared, "PIECE", 4096)
+    tensor = torch.full((100_000,), float(dist.get_rank()))
+    before = len(links_of(None)._rooms)
+    comm.broadcast(tensor, 0)
+    assert tensor.eq(0).all()
+    assert len(links_of(None)._rooms) <= before + 2
+
+
+def test_a_source_that_ended_is_named_by_those_who_wait_for_its_broadcast(linked_pair):
+    ours, theirs = linked_pair
+    work = shared.Broadcast(ours, torch.ones(3), 1)
+    assert not work.is_completed()
+    theirs.close()
+    with pytest.raises(CommunicationError, match="rank 1 ended"):
+        work.wait()
+
+
 @on_ranks(2)
 def test_posting_many_calls_waits_for_nobody_and_rooms_are_used_again():
     links = links_of(None)
