@@ -92,6 +92,7 @@ TABLE: dict[str, dict[str, str]] = {
         "ZeroParamStatus": "deepspeed.zero",
         "_orig_torch_arange": "deepspeed.zero.constructors:TORCH_ARANGE",
         "get_accelerator": "deepspeed.accelerator",
+        "is_zero_param": "deepspeed.zero.slot",
         "register_external_parameter": "deepspeed.zero",
         "unregister_external_parameter": "deepspeed.zero",
         "zero_wrapper_for_fp_tensor_constructor": "deepspeed.zero.constructors:with_target",
