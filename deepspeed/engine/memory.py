@@ -131,7 +131,7 @@ class MemoryControl(nn.Module):
                 "engine.offload_states: this engine has no optimizer, so there are no states to move; give "
                 "deepspeed.initialize an optimizer"
             )
-        self._zero.states.before_change()
+        self._zero.states.will_change()
         return self._zero.parking
 
     def _state_tensors(self) -> list[Tensor]:

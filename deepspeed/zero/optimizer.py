@@ -169,7 +169,7 @@ class ZeroOptimizer(WrappedOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on the same rank of an equal run. All ranks call it."""
-        self.states.before_change()
+        self.states.will_change()
         groups = list(self.optimizer.param_groups)
         self.optimizer.load_state_dict(state_dict["optimizer"])
         for group, loaded in zip(groups, self.optimizer.param_groups, strict=True):
@@ -220,7 +220,7 @@ class ZeroOptimizer(WrappedOptimizer):
                 "but they are away; use zero_optimization.offload_optimizer.device none or cpu, and call "
                 "engine.reload_states() first"
             )
-        self.states.before_change()
+        self.states.will_change()
         if self.parameter_offload is not None:
             self.parameter_offload.end_step()
         for unit in self.units:

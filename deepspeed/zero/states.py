@@ -68,7 +68,7 @@ class LeafStates(NotesFailure):
 
     Attributes:
         leaves: of each unit, in the order they lie in its shard.
-        before_change: is called before masters or states change.
+        before_change: is called once, before masters or states change next.
     """
 
     def __init__(
@@ -182,6 +182,11 @@ class LeafStates(NotesFailure):
             unit.master.device == unit.flat.device and not unit.held.nbytes_on_disk for unit in self.leaves
         )
 
+    def will_change(self) -> None:
+        """Tell who waits for it that masters or states change now."""
+        before_change, self.before_change = self.before_change, _nothing
+        before_change()
+
     @property
     def nbytes_away(self) -> int:
         """Bytes that are on disk, gradients left out."""
@@ -196,7 +201,7 @@ class LeafStates(NotesFailure):
         Raises:
             OffloadError: reading or writing failed.
         """
-        self.before_change()
+        self.will_change()
         if self._turned:
             work = work[::-1]
         self._turned = self.are_away and not self._turned
@@ -283,7 +288,7 @@ class LeafStates(NotesFailure):
     def present(self, leaf: Leaf, *, changed: bool) -> AbstractContextManager[None]:
         """Have a leaf's master and states in memory inside."""
         if changed:
-            self.before_change()
+            self.will_change()
         parcel = self._parcels.get(leaf)
         if parcel is None or self._tier is None:
             return nullcontext()
@@ -292,7 +297,7 @@ class LeafStates(NotesFailure):
     @contextmanager
     def renewing(self, leaf: Leaf) -> Iterator[None]:
         """Have a leaf in memory inside, to change it or give it other states; what it has then is kept."""
-        self.before_change()
+        self.will_change()
         self._fetch(leaf)
         yield
         if leaf in self._parcels:

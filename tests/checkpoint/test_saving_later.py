@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,18 @@ def moment(stage, tier):
 )
 def test_a_save_in_the_background_is_that_of_its_moment(stage, tier):
     run_on_ranks(2, moment, stage, tier)
+
+
+def test_a_save_that_has_ended_is_forgotten_with_the_values_it_holds(tmp_path):
+    engine = make_engine(2, checkpoint=LATER)
+    train(engine, [0])
+    engine.save_checkpoint(tmp_path)
+    save = weakref.ref(engine._saving)
+    train(engine, [1])
+    engine.finish_saving()
+    gc.collect()
+    assert save() is None
+    engine.destroy()
 
 
 def test_steady_values_are_those_of_the_moment_however_far_the_thread_is(tmp_path):
