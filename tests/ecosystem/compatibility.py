@@ -1,8 +1,18 @@
-"""Write docs/compatibility.md from the table of what the tests hold: ``python tests/ecosystem/compatibility.py``."""
+"""Run the tests of the table below and write docs/compatibility.md from what they show.
+
+    python tests/ecosystem/compatibility.py
+
+A verdict of the table stands on the page only if all of its test passed. The suite holds the table against the
+outcomes too, whenever it has run the tests.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -10,6 +20,8 @@ PAGE = ROOT / "docs" / "compatibility.md"
 
 HERE = "tests/ecosystem"
 WORKS, REFUSED, THEIRS = "works", "refused by name", "not applicable: the library refuses it"
+OPTIONAL = "works where it is installed; the tests do not install it"
+FAILS, NOT_RUN = "**fails**", "not tried"
 
 # library -> feature, verdict, the test that holds it (file::name)
 TABLE: dict[str, list[tuple[str, str, str]]] = {
@@ -188,8 +200,8 @@ TABLE: dict[str, list[tuple[str, str, str]]] = {
             f"{HERE}/test_peft_saving.py::test_adalora_allocates_ranks_from_the_whole_gradients",
         ),
         (
-            "a quantised frozen base, where bitsandbytes is installed",
-            WORKS,
+            "a frozen base quantised with bitsandbytes",
+            OPTIONAL,
             f"{HERE}/test_peft_saving.py::test_an_adapter_is_trained_on_a_quantised_frozen_base",
         ),
     ],
@@ -264,32 +276,63 @@ TABLE: dict[str, list[tuple[str, str, str]]] = {
 }
 
 
+class Outcomes:
+    """A pytest plugin: how each run of each test ended, "passed", "failed" or "skipped", by file::name."""
+
+    def __init__(self) -> None:
+        self.of: defaultdict[str, set[str]] = defaultdict(set)
+
+    def pytest_runtest_logreport(self, report: object) -> None:
+        """Note what a phase of a test showed; only failures and skips are known before its call."""
+        if report.when == "call" or report.outcome != "passed":
+            self.of[report.nodeid.partition("[")[0]].add(report.outcome)
+
+
+def shown(verdict: str, outcomes: set[str]) -> str:
+    """Return what may be said of a line, of which the table says `verdict`, after its test ended so."""
+    if "failed" in outcomes:
+        return FAILS
+    if "passed" in outcomes:
+        return verdict
+    return OPTIONAL if verdict == OPTIONAL else NOT_RUN
+
+
 def versions() -> dict[str, str]:
-    """Return the releases that the tests install."""
+    """Return the releases that the tests ask for."""
     return dict(
         re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements-test.txt").read_text(), re.MULTILINE)
     )
 
 
-def page() -> str:
-    """Return the page."""
+def page(outcomes: Mapping[str, set[str]] | None = None) -> str:
+    """Return the page after these outcomes; without any, that after a run in which everything passed."""
     lines = [
         "# Compatibility",
         "",
         "Each line is a test against the real library, in the release named.",
-        "Made by `python tests/ecosystem/compatibility.py`.",
+        "Made by `python tests/ecosystem/compatibility.py`, which runs them.",
     ]
     for library, rows in TABLE.items():
-        lines += [
-            "",
-            f"## {library} {versions().get(library, '')}".rstrip(),
-            "",
-            "| feature | |",
-            "|---|---|",
-        ]
-        lines += [f"| {feature} | {verdict} |" for feature, verdict, _ in rows]
+        lines += ["", f"## {library} {versions()[library]}", "", "| feature | |", "|---|---|"]
+        for feature, verdict, held in rows:
+            said = verdict if outcomes is None else shown(verdict, outcomes.get(held, set()))
+            lines.append(f"| {feature} | {said} |")
     return "\n".join(lines) + "\n"
 
 
+def main() -> int:
+    """Run the tests, write the page and return pytest's exit status."""
+    import pytest
+
+    other = [name for name in TABLE if metadata.version(name) != versions()[name]]
+    if other:
+        raise SystemExit(f"not the release of requirements-test.txt: {', '.join(other)}")
+    outcomes = Outcomes()
+    tests = sorted({held for rows in TABLE.values() for _, _, held in rows})
+    status = pytest.main([*(f"{ROOT}/{held}" for held in tests), f"--rootdir={ROOT}"], plugins=[outcomes])
+    PAGE.write_text(page(outcomes.of))
+    return int(status)
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    sys.exit(main())
