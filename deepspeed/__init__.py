@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from deepspeed.common.lazy import explain_missing
 from deepspeed.version import __version__
 
 if TYPE_CHECKING:
@@ -54,13 +55,31 @@ _MODULES = frozenset(
         "git_version_info",
     }
 )
+_LATER_MODULES = {
+    "deepspeed.autotuning": "autotuning",
+    "deepspeed.compression": "compression",
+    "deepspeed.elasticity": "elasticity",
+    "deepspeed.inference": "inference",
+    "deepspeed.module_inject": "tensor parallelism",
+    "deepspeed.moe": "expert parallelism",
+    "deepspeed.ops.sparse_attention": "sparse attention",
+    "deepspeed.ops.transformer": "the transformer kernel",
+    "deepspeed.pipe": "pipeline parallelism",
+    "deepspeed.profiling": "the flops profiler",
+    "deepspeed.sequence": "sequence parallelism",
+}
 _LATER = {
-    "init_inference": "inference",
-    "moe": "expert parallelism",
-    "pipe": "pipeline parallelism",
+    **{name.removeprefix("deepspeed."): feature for name, feature in _LATER_MODULES.items()},
+    "DeepSpeedTransformerConfig": "the transformer kernel",
+    "DeepSpeedTransformerLayer": "the transformer kernel",
+    "InferenceEngine": "inference",
+    "PipelineEngine": "pipeline parallelism",
     "PipelineModule": "pipeline parallelism",
+    "init_inference": "inference",
+    "replace_transformer_layer": "inference",
     "tp_model_init": "tensor parallelism",
 }
+explain_missing(_LATER_MODULES)
 
 __all__ = [
     "DeepSpeedConfig",

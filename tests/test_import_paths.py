@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ import deepspeed
 from deepspeed import runtime, utils
 from deepspeed.runtime.later import LATER
 
+ROOT = Path(__file__).parent.parent
 OLD_PATHS = [(path, name) for path, names in runtime.TABLE.items() for name in names]
 
 
@@ -117,6 +119,39 @@ def test_loggers_are_one_object():
 
     assert logger is utils.logger
     assert logger is logging.getLogger("DeepSpeed")
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        (
+            "from deepspeed.pipe import PipelineModule",
+            "deepspeed.pipe: pipeline parallelism is not built yet",
+        ),
+        ("import deepspeed.moe.layer", "deepspeed.moe: expert parallelism is not built yet"),
+        (
+            "from deepspeed.sequence.layer import DistributedAttention",
+            "sequence parallelism is not built yet",
+        ),
+        ("from deepspeed.module_inject.layers import GatherReplacedLayerParams", "tensor parallelism"),
+        ("from deepspeed.elasticity import compute_elastic_config", "elasticity is not built yet"),
+        ("from deepspeed.compression.compress import init_compression", "compression is not built yet"),
+        ("from deepspeed.profiling.flops_profiler import get_model_profile", "the flops profiler is not"),
+        ("from deepspeed.inference.config import DeepSpeedInferenceConfig", "inference is not built yet"),
+        ("from deepspeed.ops.sparse_attention import SparseSelfAttention", "sparse attention is not built"),
+        ("import deepspeed.ops.transformer", "the transformer kernel is not built yet"),
+    ],
+)
+def test_a_module_of_a_later_feature_says_which(statement, reason):
+    with pytest.raises(ModuleNotFoundError, match=reason) as caught:
+        exec(statement, {})
+    assert caught.value.name in deepspeed._LATER_MODULES
+
+
+@pytest.mark.parametrize("name", deepspeed._LATER_MODULES)
+def test_a_module_of_a_later_feature_is_not_there(name):
+    assert not ROOT.joinpath(*name.split(".")).exists()
+    assert not ROOT.joinpath(*name.split(".")).with_suffix(".py").exists()
 
 
 def test_what_comes_later_is_named_at_the_door():
