@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "torch"  # read when keras is imported
 
@@ -52,6 +53,7 @@ def main() -> None:
             print(f"step {step}/{args.steps}  loss {loss.item():.3f}")
     with GatheredParameters(engine.module.parameters()):  # every rank takes part, the first one writes
         if comm.get_rank() == 0:
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             engine.module.save_weights(args.output)
             print(f"Saved {engine.module.count_params():,} weights in {args.output}.")
     engine.destroy()
@@ -83,7 +85,12 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--stage", type=int, default=2, choices=range(4), help="of ZeRO (%(default)s)")
     add("--steps", type=int, default=100, help="optimizer steps (%(default)s)")
-    add("--output", default="spiral.weights.h5", metavar="FILE", help="where the weights go (%(default)s)")
+    add(
+        "--output",
+        default="runs/spiral.weights.h5",
+        metavar="FILE",
+        help="where the weights go (%(default)s)",
+    )
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     return parser.parse_args()
 

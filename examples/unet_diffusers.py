@@ -101,7 +101,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--stage", type=int, default=2, choices=range(4), help="of ZeRO (%(default)s)")
     add("--steps", type=int, default=40, help="optimizer steps (%(default)s)")
-    add("--output", default="unet", metavar="FOLDER", help="where the weights go (%(default)s)")
+    add("--output", default="runs/unet", metavar="FOLDER", help="where the weights go (%(default)s)")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     return parser.parse_args()
 

@@ -77,9 +77,9 @@ def test_the_example_learns_and_saves_a_unet_that_diffusers_reads(tmp_path):
     import diffusers
 
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
-    options = ["--stage", "3", "--steps", "10", "--output", "unet"]
+    options = ["--stage", "3", "--steps", "10"]
     output = run([*launcher, str(EXAMPLES / "unet_diffusers.py"), *options], folder=tmp_path)
     curve = [float(loss) for loss in re.findall(r"^step \d+/10  loss ([\d.]+)", output, re.MULTILINE)]
     assert curve[-1] < curve[0] / 2
-    read = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet")
+    read = diffusers.UNet2DModel.from_pretrained(tmp_path / "runs" / "unet")
     assert read(torch.zeros(1, 1, 16, 16), 3).sample.shape == (1, 1, 16, 16)

@@ -115,5 +115,5 @@ def test_the_example_learns_and_saves_at_stage_3(tmp_path):
     output = run([*launcher, str(EXAMPLES / "keras_model.py"), *options], folder=tmp_path)
     curve = [float(loss) for loss in re.findall(r"^step \d+/60  loss ([\d.]+)", output, re.MULTILINE)]
     assert curve[-1] < curve[0] / 2
-    assert (tmp_path / "spiral.weights.h5").exists()
+    assert (tmp_path / "runs" / "spiral.weights.h5").exists()
     assert "Saved 4,610 weights" in output
