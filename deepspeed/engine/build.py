@@ -209,10 +209,7 @@ def _place_rest(
     rest: list[torch.Tensor] = []
     for param in module.parameters():
         if slot_of(param) is None:
-            dtype = (
-                policy.storage if policy.storage is not None and param.is_floating_point() else param.dtype
-            )
-            param.data = param.data.to(device=device, dtype=dtype)
+            param.data = param.data.to(device=device, dtype=policy.of(param).storage)
             rest.append(param.data)
     for owner in module.modules():
         for name, buffer in owner.named_buffers(recurse=False):

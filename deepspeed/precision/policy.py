@@ -32,12 +32,13 @@ def dtype_named(name: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class ParamDtypes:
-    """Number formats of one parameter."""
+    """Number formats of one parameter; `packed`: its values are bits of other numbers, never to be converted."""
 
     storage: torch.dtype
     reduce: torch.dtype
     accumulate: torch.dtype
     master: torch.dtype
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,12 @@ class PrecisionPolicy:
 
     def of(self, param: nn.Parameter) -> ParamDtypes:
         """Return the number formats of `param`."""
-        storage = self.storage if self.storage is not None and param.is_floating_point() else param.dtype
+        packed = hasattr(param, "quant_state")  # bitsandbytes packs 4-bit numbers into floats, if so told
+        cast = param.is_floating_point() and not packed
+        storage = self.storage if self.storage is not None and cast else param.dtype
         wide = torch.promote_types(storage, torch.float32)
         reduce = self.reduce or (self.autocast if id(param) in self.lowered else None) or storage
-        return ParamDtypes(storage, reduce, self.accumulate or wide, self.master or wide)
+        return ParamDtypes(storage, reduce, self.accumulate or wide, self.master or wide, packed)
 
     def describe(self, params: Iterable[nn.Parameter]) -> list[dict[str, str]]:
         """Return one row per kind of parameter: how many elements, and the dtype of each use."""

@@ -190,6 +190,34 @@ def test_an_adapter_is_trained_on_a_quantised_frozen_base(ranks, stage, storage,
     run_on_ranks(ranks, trains_on_a_quantised_base, stage, storage, llama)
 
 
+def keeps_packed_bits(stage, dtype):
+    bits = torch.randint(-128, 127, (64,), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    bits[-4:] = -1  # no number, read as a float of any size
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].requires_grad_(False)
+    model[1].packed = nn.Parameter(bits.view(dtype), requires_grad=False)
+    model[1].packed.quant_state = "as bitsandbytes marks it"
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model[0].parameters(), lr=0.1),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        },
+    )
+    assert model[1].weight.dtype is torch.bfloat16
+    with GatheredParameters(model[1].packed):
+        assert torch.equal(model[1].packed.data.view(torch.int8), bits)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_packed_numbers_keep_their_bits_whatever_dtype_the_engine_has(stage):
+    run_on_ranks(2, keeps_packed_bits, stage, torch.float32)
+    run_on_ranks(2, keeps_packed_bits, stage, torch.bfloat16)
+
+
 def copies_before_an_engine_exists():
     with deepspeed.zero.Init(config_dict_or_path={"train_micro_batch_size_per_gpu": 1}):
         module = nn.Linear(5, 7)
