@@ -51,7 +51,11 @@ def make_accelerator() -> Accelerator:
     on_cpu = not torch.accelerator.is_available()
     return Accelerator(
         gradient_accumulation_steps=ACCUMULATION,
-        deepspeed_plugin=DeepSpeedPlugin(gradient_accumulation_steps=ACCUMULATION, gradient_clipping=1.0),
+        deepspeed_plugin=DeepSpeedPlugin(
+            gradient_accumulation_steps=ACCUMULATION,
+            gradient_clipping=1.0,
+            zero3_save_16bit_model=True,  # stage 3 gives whole weights only if asked beforehand
+        ),
         # or Accelerate takes each rank of a CPU machine for the only one
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else None,
     )

@@ -204,6 +204,10 @@ def of_arguments_and_environment():
         assert engine.gradient_clipping() == 0.75
         assert type(engine.optimizer.optimizer) is torch.optim.AdamW
         assert engine.zero_gather_16bit_weights_on_model_save()
+    with accelerating(plugin(2)) as accelerator:  # as docs/huggingface.md warns
+        model = nn.Linear(4, 4)
+        engine, _, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()), loader())
+        assert engine.gradient_clipping() == 1.0
 
 
 def test_a_plugin_is_made_of_arguments_and_of_the_environment():

@@ -1,9 +1,10 @@
-"""Whatever the installed libraries take from this package by name is there, or is refused by name."""
+"""Whatever the installed libraries and the guides take from this package is there, or is refused by name."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 import deepspeed
 
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LIBRARIES = ("transformers", "accelerate", "peft", "trl", "lightning", "diffusers")
 
 
@@ -48,15 +51,26 @@ def find(name: str) -> object:
     return found
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_what_a_library_takes_is_there_or_refused_by_name(library):
-    taken = taken_by(library)
-    assert taken, library
-    missing = {}
-    for name in sorted(taken):
+def missing(names: set[str]) -> dict[str, str]:
+    """Return what neither exists nor is refused by name, with the error."""
+    found = {}
+    for name in sorted(names):
         try:
             find(name)
         except (ImportError, AttributeError) as error:
             if "not built yet" not in str(error):
-                missing[name] = str(error)
-    assert missing == {}
+                found[name] = str(error)
+    return found
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_what_a_library_takes_is_there_or_refused_by_name(library):
+    taken = taken_by(library)
+    assert taken, library
+    assert missing(taken) == {}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_is_there(page):
+    names = re.findall(r"(?<![\w./-])((?:deepspeed|zero|comm|utils)\.[A-Za-z_][\w.]*\w)", page.read_text())
+    assert missing({name if name.startswith("deepspeed.") else f"deepspeed.{name}" for name in names}) == {}
