@@ -57,7 +57,8 @@ CONSTRUCTORS = ("tensor", "empty", "zeros", "ones", "full", "arange", "eye", "ra
 class Init:
     """Context in which modules are sharded as they are constructed.
 
-    It starts torch.distributed if nobody has. Nested contexts do nothing.
+    It starts torch.distributed if nobody has. Nested contexts do nothing, nor do those inside of
+    ``torch.device("meta")``.
 
     Args:
         module: shard this finished module at once, instead of what is constructed inside.
@@ -135,7 +136,8 @@ class Init:
         return Construction(self._sharding, self._dtype, holder)
 
     def __enter__(self) -> Init:
-        if self._enabled and not constructors.is_patched():
+        on_meta = torch.get_default_device().type == "meta"  # nothing is made, so there is nothing to shard
+        if self._enabled and not on_meta and not constructors.is_patched():
             self._entered = self._construction()
             self._entered.begin()
         return self
@@ -198,6 +200,8 @@ class Construction:
             self._under_way.pop()
         self._take_back()
         if outermost:
+            if isinstance(module, ParametrizationList):
+                _fill(module)
             self._shard(module.__class__.__name__, module, recurse=not self._under_way)
 
     def shard_all(self, module: nn.Module) -> None:
@@ -236,6 +240,18 @@ def _parametrised(modules: Iterable[nn.Module]) -> set[int]:
     """Return the ids of parameters from which ``torch.nn.utils.parametrize`` computes others."""
     lists = (one for one in modules if isinstance(one, ParametrizationList))
     return {id(param) for one in lists for param in one.parameters(recurse=False)}
+
+
+@torch.no_grad()
+def _fill(parametrised: ParametrizationList) -> None:
+    """Give values to a weight that was made while torch's initialisers were switched off.
+
+    transformers switches them off and gives values later, by name; to what a weight is computed from it cannot.
+    """
+    if nn.init.kaiming_uniform_.__module__ != nn.init.__name__:
+        weight = parametrised()
+        bound = max(weight[0].numel(), 1) ** -0.5
+        parametrised.right_inverse(torch.empty_like(weight).uniform_(-bound, bound))
 
 
 def _tensor_wrapper() -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate import init_empty_weights
 from harness import run_on_ranks
 from safetensors.torch import load_file, save_file
 from tiny_hf import (
@@ -25,6 +26,7 @@ from tiny_hf import (
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 import deepspeed
+from deepspeed.errors import ConfigError
 
 
 def mixtral_config():
@@ -213,6 +215,52 @@ def builds_alike(kind):
 @pytest.mark.parametrize("kind", ["tied", "gpt2", "bert", "mixtral"])
 def test_from_config(kind):
     run_on_ranks(2, builds_alike, kind)
+
+
+def fills_weight_norms():
+    cls, config = MODELS["wav2vec2"]
+    with hugging_face():
+        settings = stage_3()
+        torch.manual_seed(dist.get_rank())
+        junk = torch.full((2, 8192), 1e30)  # what memory holds when nobody fills it
+        del junk
+        engine, *_ = deepspeed.initialize(model=cls._from_config(config()), config=settings.config)
+        actual = whole(engine)
+        engine.destroy()
+    sums = [value.double().sum().item() for value in actual.values()]
+    assert everywhere(sums) == [sums] * dist.get_world_size()
+    for name, value in whole(cls._from_config(config())).items():
+        if "parametrizations" in name:
+            assert actual[name].std().item() == pytest.approx(value.std().item(), rel=0.8), name
+            assert actual[name].norm().item() == pytest.approx(value.norm().item(), rel=0.2), name
+
+
+def test_weight_norms_of_a_model_from_a_configuration_are_initialised():
+    run_on_ranks(2, fills_weight_norms)
+
+
+def meets_meta(folder):
+    write_model(folder, "llama", max_shard_size="10KB")
+    expected = transformers.LlamaForCausalLM.from_pretrained(folder)
+    with hugging_face():
+        settings = stage_3()
+        for nothing in (torch.device("meta"), init_empty_weights()):
+            with nothing:
+                model = transformers.AutoModelForCausalLM.from_config(llama_config())
+            assert all(param.is_meta for param in model.parameters())
+            with pytest.raises(ConfigError, match="got one on the meta device"):
+                deepspeed.initialize(model=model, config=settings.config)
+        model.load_state_dict(expected.state_dict(), assign=True)  # values, whole, for the one that has none
+        engine, *_ = deepspeed.initialize(model=model, config=settings.config)
+        assert_same(whole(engine), whole(expected))
+        engine.destroy()
+        model = transformers.LlamaForCausalLM.from_pretrained(folder, low_cpu_mem_usage=True)
+        assert all(hasattr(param, "ds_id") for param in model.parameters())
+        assert_same(whole(model), whole(expected))
+
+
+def test_a_model_on_meta_stays_there_until_it_has_values(tmp_path):
+    run_on_ranks(2, meets_meta, tmp_path / "model")
 
 
 def resizes_and_trains(kind):
