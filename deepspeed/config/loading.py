@@ -23,6 +23,7 @@ from deepspeed.config.rules import check
 from deepspeed.config.sources import Provenance
 from deepspeed.config.tree import AUTO, Findings, read
 from deepspeed.config.unbuilt import refuse_unbuilt as refuse
+from deepspeed.config.zero import ZeroSection
 from deepspeed.errors import ConfigError
 
 Source = Mapping[str, Any] | str | os.PathLike[str]
@@ -146,8 +147,18 @@ def _build(raw: Mapping[str, Any], done: Modernised) -> DeepSpeedConfig:
     for text in done.warnings:
         warn_once(text)
     if found.strangers:
-        warn_once(f"configuration keys taken for another tool's: {', '.join(found.strangers)}")
+        names = ", ".join(_stranger(name) for name in found.strangers)
+        warn_once(f"configuration keys taken for another tool's: {names}")
     return config
+
+
+def _stranger(name: str) -> str:
+    """Return the name of an unknown key; if it is one of `zero_optimization`, with the place where it would count."""
+    return (
+        f"{name} (here it would count: zero_optimization.{name})"
+        if name in ZeroSection.model_fields
+        else name
+    )
 
 
 def _data_parallel_size(config: DeepSpeedConfig, world_size: int) -> int:

@@ -109,6 +109,15 @@ def test_other_tools_keys_are_tolerated_and_named_once(name, log):
     assert log == [f"configuration keys taken for another tool's: {name}"]
 
 
+def test_a_key_outside_of_its_section_is_told_where_it_would_count(log):
+    load_config({"train_batch_size": 1, "offload_param": {"device": "cpu"}, "stage3_max_live_parameters": 5})
+    assert log == [
+        "configuration keys taken for another tool's: "
+        "offload_param (here it would count: zero_optimization.offload_param), "
+        "stage3_max_live_parameters (here it would count: zero_optimization.stage3_max_live_parameters)"
+    ]
+
+
 def test_no_known_key_is_another_tools():
     for name in DeepSpeedConfig.model_fields:
         assert name in resembling(name, DeepSpeedConfig.model_fields)
