@@ -44,6 +44,16 @@ class WrappedOptimizer(torch.optim.Optimizer):
         """The inner optimizer's defaults."""
         return self.optimizer.defaults
 
+    @property
+    def single_partition_of_fp32_groups(self) -> list[torch.Tensor]:
+        """What the inner optimizer trains on this rank: flat master weights, by the original's name at stages 1, 2."""
+        return [param.detach() for group in self.param_groups for param in group["params"]]
+
+    @property
+    def fp32_partitioned_groups_flat(self) -> list[torch.Tensor]:
+        """The same by the original's name at stage 3."""
+        return self.single_partition_of_fp32_groups
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: parameters are laid out when the engine is made."""
         raise UsageError(

@@ -241,6 +241,25 @@ def test_epochs_and_samples_per_second_are_counted_for_the_script():
     run_on_ranks(1, examples_of_deepspeed)
 
 
+def masters_by_name(stage):
+    engine, optimizer, _, _ = deepspeed.initialize(
+        model=net(), config=config(stage, bf16={"enabled": True}, gradient_clipping=1.0)
+    )
+    name = "fp32_partitioned_groups_flat" if stage == 3 else "single_partition_of_fp32_groups"
+    before = [part.clone() for part in getattr(optimizer, name)]
+    assert sum(part.numel() for part in before) >= sum(param.numel() for param in engine.module.parameters())
+    train(engine)
+    for part, old in zip(getattr(optimizer, name), before, strict=True):
+        assert part.dtype == torch.float32
+        assert not torch.equal(part, old)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_master_weights_are_found_by_their_names(stage):
+    run_on_ranks(1, masters_by_name, stage)
+
+
 def schedule_of_its_own():
     """Megatron-DeepSpeed's schedule counts samples."""
 
