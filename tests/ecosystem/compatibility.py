@@ -234,6 +234,11 @@ TABLE: dict[str, list[tuple[str, str, str]]] = {
             f"{HERE}/test_lightning.py::test_trainer_fits_tests_and_predicts_as_with_ddp",
         ),
         (
+            "Trainer in bf16 and fp16, stages 2 and 3",
+            WORKS,
+            f"{HERE}/test_lightning.py::test_trainer_in_16_bit_stays_near_fp32",
+        ),
+        (
             "Trainer's checkpoints, resumed bit by bit",
             WORKS,
             f"{HERE}/test_lightning.py::test_trainer_resumes_bit_by_bit_and_its_checkpoint_becomes_one_file",

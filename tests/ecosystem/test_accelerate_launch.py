@@ -9,6 +9,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from accelerate.commands.launch import launch_command_parser
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, os, sys
@@ -105,6 +107,12 @@ FLAGS = """
     --deepspeed_multinode_launcher standard --num_cpu_threads_per_process 1 --enable_cpu_affinity
     --debug
 """
+
+
+def test_no_flag_of_deepspeed_is_left_out():
+    (group,) = (one for one in launch_command_parser()._action_groups if one.title == "DeepSpeed Arguments")
+    known = {action.option_strings[0] for action in group._group_actions}
+    assert known - {*FLAGS.split()} == {"--deepspeed_config_file"}  # it stands for the others
 
 
 def test_every_flag_is_taken_and_shows_in_the_engine(tmp_path):

@@ -288,6 +288,32 @@ def test_trainer_accumulates(tmp_path):
     run_on_ranks(2, trainer_accumulates, str(tmp_path))
 
 
+PRECISIONS = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def trainer_in_16_bit(folder):
+    with cpu_instead_of_cuda() as (_, accelerator):
+        plain = lit_module()
+        trainer_of("ddp", accelerator, folder).fit(plain, samples())
+        expected = whole(plain)
+        for strategy, (precision, dtype) in itertools.product(STAGES[1:3], PRECISIONS.items()):
+            ours = trainer_of(strategy, accelerator, os.path.join(folder, strategy), precision=precision)
+            module = lit_module()
+            ours.fit(module, samples())
+            engine = ours.strategy.model
+            assert (engine.bfloat16_enabled(), engine.fp16_enabled()) == (
+                dtype is torch.bfloat16,
+                dtype is torch.float16,
+            )
+            assert {param.dtype for param in module.parameters()} == {dtype}
+            same({name: value.float() for name, value in whole(module).items()}, expected, 0.01)
+            engine.destroy()
+
+
+def test_trainer_in_16_bit_stays_near_fp32(tmp_path):
+    run_on_ranks(2, trainer_in_16_bit, str(tmp_path))
+
+
 def configured(folder):
     from lightning.pytorch.strategies import DeepSpeedStrategy
 
