@@ -84,7 +84,7 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         self._no_sync = False
         self._scaled = False
         self._step_applied = False
-        self._compiled_blocks = False
+        self._compiled_blocks = self._destroyed = False
         self._accumulating = False
         self._micro_batches = 0  # since the last update
         if self._reducer is not None:
@@ -99,6 +99,11 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the module on inputs moved to the engine's device and cast to the dtype it computes in."""
+        if self._destroyed and torch.is_grad_enabled():
+            raise UsageError(
+                "engine.forward: expected an engine, got one that was destroyed (Accelerator.free_memory does that, "
+                "and transformers' Trainer when train() is called again or after evaluate()); make a new engine or Trainer"
+            )
         if self.batch.micro is None:
             self._complete_batch((inputs, kwargs))
         if self._zero is not None and not self._zero.parking.is_empty:
@@ -255,8 +260,8 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         optimizer, reducer = self._training_parts("step")
         for feature in self._features:
             feature.step_start(self)
-        self._warn_of_unfrozen()
         self._structure.check()
+        self._warn_of_untrained()
         reducer.recover()
         self._accumulating = False
         self._step_applied = optimizer.step()
@@ -267,12 +272,13 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         elif self.lr_scheduler is not None:
             self.lr_scheduler.step(**lr_kwargs)
 
-    def _warn_of_unfrozen(self) -> None:
-        names = [name for name, param in self._frozen if param.requires_grad]
-        if names:
+    def _warn_of_untrained(self) -> None:
+        unfrozen = [name for name, param in self._frozen if param.requires_grad]
+        if names := unfrozen or self._structure.untrained():
+            then = "were frozen" if unfrozen else "were not there"
             warn_once(
-                f"{names[0]} and {len(names) - 1} more require grad now but were frozen when the engine was made, "
-                "so they are not trained; unfreeze before deepspeed.initialize, or initialize again"
+                f"{names[0]} and {len(names) - 1} more require grad now but {then} when the engine was made, "
+                "so they are not trained; unfreeze or add them before deepspeed.initialize, or initialize again"
             )
 
     def was_step_applied(self) -> bool:
@@ -351,6 +357,7 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         under ``zero.GatheredParameters`` or given to another engine.
         """
         self.finish_saving()
+        self._destroyed = True
         self._watch_hook.remove()
         owner = self._zero or self._gatherer  # the first detaches the other too
         if owner is not None:

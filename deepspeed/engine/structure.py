@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from deepspeed.errors import UsageError
+from deepspeed.zero.slot import trained_slot
 
 
 class Structure:
@@ -17,6 +18,8 @@ class Structure:
     def __init__(self, module: nn.Module) -> None:
         self._children: list[tuple[nn.Module, str, nn.Module, str]] = []
         self._params: list[tuple[nn.Module, str, nn.Parameter, str]] = []
+        self._module = module
+        self._parts = [(owner, dict(owner._modules), set(owner._parameters)) for owner in module.modules()]
         for path, owner in module.named_modules():
             prefix = f"{path}." if path else ""
             if any(param.requires_grad for param in owner.parameters()):
@@ -30,6 +33,19 @@ class Structure:
                 for name, param in owner._parameters.items()
                 if param is not None and param.requires_grad
             ]
+
+    def untrained(self) -> list[str]:
+        """Name parameters that came later and want gradients, of a second adapter for one."""
+        if all(
+            owner._modules == children and owner._parameters.keys() == names
+            for owner, children, names in self._parts
+        ):
+            return []
+        return [
+            name
+            for name, param in self._module.named_parameters()
+            if param.requires_grad and trained_slot(param) is None
+        ]
 
     def check(self) -> None:
         """Raise UsageError for a module or a trained parameter that is not there any more."""

@@ -6,6 +6,7 @@ import copy
 import warnings
 from functools import partial
 from importlib.util import find_spec
+from unittest import mock
 
 import peft
 import pytest
@@ -147,6 +148,31 @@ def allocates_ranks_like_plain(stage):
 @pytest.mark.parametrize(("ranks", "stage"), [(2, 1), (1, 2), (2, 3)])
 def test_adalora_allocates_ranks_from_the_whole_gradients(ranks, stage):
     run_on_ranks(ranks, allocates_ranks_like_plain, stage)
+
+
+def adds_an_adapter_late(stage, folder):
+    model = adapted(folder, peft.LoraConfig(**LORA))
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}},
+    )
+    told: list[str] = []
+    with mock.patch("deepspeed.engine.engine.warn_once", told.append):
+        for use in ("default", "late"):
+            if use not in model.peft_config:
+                model.add_adapter(use, peft.LoraConfig(**LORA))
+            model.set_adapter(use)
+            engine.backward(loss_of(engine, 0))
+            engine.step()
+            assert bool(told) == (use == "late")
+    assert "late.weight and 7 more require grad now but were not there" in told[0]
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_adapter_added_to_a_running_engine_is_reported(stage, llama):
+    run_on_ranks(1, adds_an_adapter_late, stage, llama)
 
 
 def quantised(folder, storage):

@@ -27,6 +27,7 @@ from tiny_hf import (
 )
 
 import deepspeed
+from deepspeed.errors import UsageError
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 BY_CONFIG = (0.0, 0.0, 0.5, 1.0)
@@ -202,6 +203,20 @@ def only_evaluates(folder, offload):
 @pytest.mark.parametrize("offload", [False, True])
 def test_evaluation_without_training_at_stage_3(offload, tmp_path):
     run_on_ranks(2, only_evaluates, tmp_path, offload)
+
+
+def trains_after_evaluating(folder):
+    with hugging_face():
+        asked = trainer(folder, ds_config(3))
+        asked.evaluate()
+        with pytest.raises(
+            UsageError, match=r"^engine\.forward: .* destroyed .* make a new engine or Trainer"
+        ):
+            asked.train()
+
+
+def test_a_trainer_that_lost_its_engine_is_told_so(tmp_path):
+    run_on_ranks(2, trains_after_evaluating, tmp_path)
 
 
 def tiny_t5():
