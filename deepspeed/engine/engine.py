@@ -102,7 +102,8 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         if self._destroyed and torch.is_grad_enabled():
             raise UsageError(
                 "engine.forward: expected an engine, got one that was destroyed (Accelerator.free_memory does that, "
-                "and transformers' Trainer when train() is called again or after evaluate()); make a new engine or Trainer"
+                "and transformers' Trainer when train() is called again or after evaluate()); make a new engine or "
+                "Trainer"
             )
         if self.batch.micro is None:
             self._complete_batch((inputs, kwargs))
