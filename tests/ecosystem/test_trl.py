@@ -74,6 +74,66 @@ def test_trains_as_without_deepspeed(make, tmp_path):
     run_on_ranks(2, equals_plain, make, str(tmp_path))
 
 
+def kto(_model: str, arguments: dict[str, Any]) -> Any:
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    half = [sentence.split()[:3] for sentence in SENTENCES]
+    answers = [" ".join(sentence.split()[3:]) for sentence in SENTENCES]
+    rated = {
+        "prompt": [" ".join(words) for words in half] * 2,
+        "completion": answers + [" ".join(words[::-1]) for words in half],
+        "label": [True] * len(half) + [False] * len(half),
+    }
+    return KTOTrainer(
+        model=language_model(),
+        ref_model=language_model(seed=1),
+        args=KTOConfig(max_length=16, **arguments),
+        train_dataset=Dataset.from_dict(rated),
+        processing_class=tokenizer(),
+    )
+
+
+def judge(seed: int = 0) -> Any:
+    """Make a model that gives a sequence one number."""
+    import torch
+    from transformers import GPT2ForSequenceClassification
+
+    config = language_model().config
+    config.num_labels = 1
+    torch.manual_seed(seed)
+    return GPT2ForSequenceClassification(config)
+
+
+def reward(_model: str, arguments: dict[str, Any]) -> Any:
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    pairs = {"chosen": SENTENCES, "rejected": [" ".join(one.split()[::-1]) for one in SENTENCES]}
+    return RewardTrainer(
+        model=judge(),
+        args=RewardConfig(max_length=16, **arguments),
+        train_dataset=Dataset.from_dict(pairs),
+        processing_class=tokenizer(),
+    )
+
+
+def judged_rloo(model: str, arguments: dict[str, Any]) -> Any:
+    """RLOO with a reward model, which is sharded for inference like the reference model."""
+    from datasets import Dataset
+    from trl import RLOOConfig, RLOOTrainer
+
+    words = tokenizer()
+    return RLOOTrainer(
+        model=model,
+        reward_funcs=judge(seed=3),
+        reward_processing_classes=words,
+        args=RLOOConfig(num_generations=4, max_completion_length=6, beta=0.1, **arguments),
+        train_dataset=Dataset.from_dict({"prompt": [" ".join(one.split()[:3]) for one in SENTENCES]}),
+        processing_class=words,
+    )
+
+
 def lora_sft(_model: str, arguments: dict[str, Any]) -> Any:
     from datasets import Dataset
     from peft import LoraConfig
@@ -109,7 +169,7 @@ def stage_3_equals_plain(make, model):
     assert_same(trained(make, 3), trained(make, None))
 
 
-@pytest.mark.parametrize("make", ["synced_dpo", "lora_sft"])
+@pytest.mark.parametrize("make", ["synced_dpo", "lora_sft", "kto", "reward", "judged_rloo"])
 def test_trains_at_stage_3_as_without_deepspeed(make, tmp_path):
     language_model().save_pretrained(tmp_path)
     run_on_ranks(2, stage_3_equals_plain, make, str(tmp_path))
