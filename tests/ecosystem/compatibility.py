@@ -84,6 +84,16 @@ TABLE: dict[str, list[tuple[str, str, str]]] = {
             f"{HERE}/test_hf_config.py::test_missing_weights_are_initialised_alike_on_all_ranks",
         ),
         ("`from_config` under ZeRO-3", WORKS, f"{HERE}/test_hf_config.py::test_from_config"),
+        (
+            "`from_config` of weight norms under ZeRO-3",
+            WORKS,
+            f"{HERE}/test_hf_config.py::test_weight_norms_of_a_model_from_a_configuration_are_initialised",
+        ),
+        (
+            "models on meta, `init_empty_weights`",
+            WORKS,
+            f"{HERE}/test_hf_config.py::test_a_model_on_meta_stays_there_until_it_has_values",
+        ),
         ("`resize_token_embeddings`", WORKS, f"{HERE}/test_hf_config.py::test_token_embeddings_are_resized"),
         (
             "mixtures of experts, weight norms",
@@ -204,6 +214,11 @@ TABLE: dict[str, list[tuple[str, str, str]]] = {
             OPTIONAL,
             f"{HERE}/test_peft_saving.py::test_an_adapter_is_trained_on_a_quantised_frozen_base",
         ),
+        (
+            "an adapter added to a running engine is reported",
+            WORKS,
+            f"{HERE}/test_peft_saving.py::test_an_adapter_added_to_a_running_engine_is_reported",
+        ),
     ],
     "trl": [
         (
@@ -212,7 +227,7 @@ TABLE: dict[str, list[tuple[str, str, str]]] = {
             f"{HERE}/test_trl.py::test_trains_as_without_deepspeed",
         ),
         (
-            "adapters and a reference model that follows, stage 3",
+            "KTO, reward and RLOO; adapters; a reference model that follows: stage 3, equal to TRL alone",
             WORKS,
             f"{HERE}/test_trl.py::test_trains_at_stage_3_as_without_deepspeed",
         ),
