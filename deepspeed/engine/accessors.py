@@ -110,6 +110,10 @@ class EngineAccessors(nn.Module):
         """False: Apex AMP is not supported."""
         return False
 
+    def random_ltd_enabled(self) -> bool:
+        """Whether layers drop tokens at random."""
+        return self.settings.data_efficiency.data_routing.random_ltd.enabled
+
     def zero_optimization(self) -> bool:
         """Whether anything is sharded."""
         return self.zero_optimization_stage() > 0

@@ -277,6 +277,8 @@ def schedule_of_its_own():
     engine.backward(loss)
     engine.step(lr_kwargs={"increment": 16})
     assert engine.lr_scheduler.samples == 16
+    assert engine.was_step_applied()
+    assert engine.random_ltd_enabled() is False  # which its loop asks in every step
     engine.destroy()
 
 
