@@ -2,7 +2,7 @@
 
     python benchmarks/huggingface.py [--rounds 3] [--tasks fine_tune,load,generate]
 
-    fine_tune   a GPT-2 of 30M parameters with the Trainer, fp32: time of a step; the weights of both
+    fine_tune   a GPT-2 of 30M parameters with the Trainer, bf16 and fp32: time of a step; the weights of both
     load        from_pretrained of 500M parameters under ZeRO-3: time, and memory at the peak of a rank
     generate    64 tokens with a GPT-2 of 30M parameters that is sharded over the ranks
 
@@ -13,6 +13,8 @@ benchmarks/results.
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -33,15 +35,24 @@ KINDS = ("ours", "original")
 
 @dataclass(frozen=True)
 class Task:
-    """What is measured: the worker's task, at which stage, on how many ranks."""
+    """What is measured: the worker's task, at which stage, on how many ranks, in which number format."""
 
     name: str
     stage: int
     ranks: int
+    precision: str = "bf16"
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.precision}, stage {self.stage}, ranks {self.ranks}"
 
 
 TASKS = [
-    *(Task("fine_tune", stage, ranks) for stage in (2, 3) for ranks in (1, 2)),
+    *(
+        Task("fine_tune", stage, ranks, precision)
+        for precision in ("bf16", "fp32")
+        for stage in (2, 3)
+        for ranks in (1, 2)
+    ),
     Task("load", 3, 2),
     Task("generate", 3, 2),
 ]
@@ -55,7 +66,7 @@ class Run:
     kind: str
     ranks: list[dict[str, Any]]
     difference: float | None = None
-    """Largest one of any weight to those of this project's run before it, relative to the largest of its tensor."""
+    """Distance of the weights to those of this project's run before it, relative to how far they were moved."""
 
     def most(self, figure: str) -> float:
         """The largest figure of any rank."""
@@ -117,25 +128,29 @@ def make_models(home: Path) -> None:
 
 def measure(task: Task, kind: str, home: Path, options: argparse.Namespace) -> Run:
     """Run once; return what the ranks reported."""
-    weights = {one: home / f"{task.stage}-{task.ranks}-{one}.pt" for one in KINDS}
-    arguments = ["--task", task.name, "--stage", str(task.stage), "--steps", str(options.steps)]
+    weights = {one: home / f"{one}.pt" for one in KINDS}
+    arguments = ["--task", task.name, "--stage", str(task.stage), "--precision", task.precision]
+    arguments += ["--steps", str(options.steps)]
     arguments += ["--model", str(home / task.name), "--weights", str(weights[kind])]
     interpreter = interpreter_of(kind, options.original_python)
-    ranks = run_ranks(interpreter, HERE / "huggingface_worker.py", arguments, ranks=task.ranks, threads=1)
+    threads = max(1, (os.cpu_count() or 1) // task.ranks)
+    ranks = run_ranks(
+        interpreter, HERE / "huggingface_worker.py", arguments, ranks=task.ranks, threads=threads
+    )
     compared = task.name == "fine_tune" and kind == "original"
     return Run(task, kind, ranks, difference(weights["ours"], weights[kind]) if compared else None)
 
 
 def difference(one: Path, other: Path) -> float:
-    """Return how far two files of weights are apart at most, relative to the largest weight of the tensor."""
+    """Return how far the final weights of two runs are apart, relative to how far training moved them."""
     ours, theirs = (torch.load(path, weights_only=True) for path in (one, other))
-    return max(
-        float(
-            (ours[name].float() - theirs[name].float()).abs().max()
-            / theirs[name].float().abs().max().clamp(min=1e-6)
-        )
-        for name in theirs
-    )
+    apart = _distance(ours["end"], theirs["end"])
+    return apart / _distance(theirs["start"], theirs["end"])
+
+
+def _distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    squares = [float((one[name].float() - other[name].float()).square().sum()) for name in other]
+    return math.sqrt(sum(squares))
 
 
 def of(runs: Sequence[Run], task: Task, kind: str, figure: Callable[[Run], float]) -> float:
@@ -147,20 +162,19 @@ def verdicts(runs: Sequence[Run]) -> list[tuple[str, bool]]:
     """Hold the figures against the goals."""
     found = []
     for task in dict.fromkeys(run.task for run in runs):
-        where = f"{task.name}, stage {task.stage}, ranks {task.ranks}"
         if task.name == "load":
             time = of(runs, task, "ours", seconds) / of(runs, task, "original", seconds)
             found.append(
-                _verdict(f"{where}: time, of the original's", time, time <= LOAD_GOAL, f"at most {LOAD_GOAL}")
+                _verdict(f"{task}: time, of the original's", time, time <= LOAD_GOAL, f"at most {LOAD_GOAL}")
             )
             peak = of(runs, task, "ours", peak_bytes) / of(runs, task, "original", peak_bytes)
             found.append(
-                _verdict(f"{where}: memory at the peak, of the original's", peak, peak <= 1, "at most 1")
+                _verdict(f"{task}: memory at the peak, of the original's", peak, peak <= 1, "at most 1")
             )
             continue
         goal = TRAINER_GOAL if task.name == "fine_tune" else GENERATE_GOAL
         faster = of(runs, task, "original", seconds) / of(runs, task, "ours", seconds)
-        found.append(_verdict(f"{where}: times as fast", faster, faster >= goal, f"at least {goal}"))
+        found.append(_verdict(f"{task}: times as fast", faster, faster >= goal, f"at least {goal}"))
     return found
 
 
@@ -185,7 +199,7 @@ def report(runs: Sequence[Run], head: dict[str, Any], options: argparse.Namespac
     titles = ["", "ours s", "original s", "ours MiB", "original MiB", "results differ by"]
     rows = []
     for task in dict.fromkeys(run.task for run in runs):
-        row = [f"{task.name}, stage {task.stage}, ranks {task.ranks}"]
+        row = [str(task)]
         row += [f"{of(runs, task, kind, seconds):.3f}" for kind in KINDS]
         loads = task.name == "load"
         row += [f"{of(runs, task, kind, peak_bytes) / MIB:.0f}" if loads else "" for kind in KINDS]
@@ -199,9 +213,10 @@ def report(runs: Sequence[Run], head: dict[str, Any], options: argparse.Namespac
         *header_lines(head, versions),
         markdown_table(titles, rows),
         "\n".join(text for text, _ in verdicts(runs)),
-        "*fine_tune*: a step of the Trainer, GPT-2 of 30M parameters, fp32, 4 x 128 tokens a rank. *results differ "
-        "by*: weights after all steps, at most, relative to the largest weight of a tensor; texts that differ. "
-        "*load*: from_pretrained of 500M parameters in bf16, memory beyond that before. *generate*: 64 tokens.",
+        "*fine_tune*: a step of the Trainer, GPT-2 of 30M parameters, 4 x 128 tokens a rank. *results differ by*: "
+        "distance of all weights after all steps, relative to how far these moved them; texts that differ. *load*: "
+        "from_pretrained of 500M parameters, the library's modules imported before, memory beyond that before. "
+        "*generate*: 64 tokens. The ranks share the processor's cores: one rank has two threads.",
     ]
     return write(
         "huggingface",

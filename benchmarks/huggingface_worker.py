@@ -46,10 +46,20 @@ class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 class Clock(transformers.TrainerCallback):
-    """When steps ended."""
+    """When steps ended, and the weights before the first one."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.start: dict[str, torch.Tensor] = {}
+        self.trainer: Any = None
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Keep the weights."""
+        self.start = {name: value.clone() for name, value in self.weights().items()}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return whole weights on the first rank."""
+        return self.trainer.accelerator.get_state_dict(self.trainer.model_wrapped) or {}
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Note the time."""
@@ -73,6 +83,7 @@ def fine_tune(options: argparse.Namespace) -> dict[str, Any]:
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
             "zero_optimization": {
                 "stage": options.stage,
                 "stage3_gather_16bit_weights_on_model_save": True,
@@ -84,6 +95,8 @@ def fine_tune(options: argparse.Namespace) -> dict[str, Any]:
         },
         accelerator_config={"use_configured_state": True},
         per_device_train_batch_size=4,
+        use_cpu=True,
+        bf16=options.precision == "bf16",
         max_steps=WARM_UP + options.steps,
         learning_rate=1e-4,
         save_strategy="no",
@@ -99,13 +112,14 @@ def fine_tune(options: argparse.Namespace) -> dict[str, Any]:
     trainer = transformers.Trainer(
         model=model, args=arguments, train_dataset=Windows(20000, 128), callbacks=[clock]
     )
+    clock.trainer = trainer
     trainer.train()
     steps = [
         after - before for before, after in zip(clock.ends[WARM_UP - 1 :], clock.ends[WARM_UP:], strict=False)
     ]
-    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    end = clock.weights()
     if dist.get_rank() == 0:
-        torch.save(whole, options.weights)
+        torch.save({"start": clock.start, "end": end}, options.weights)
     return {
         "step": sorted(steps)[len(steps) // 2],
         "loss": float(trainer.state.log_history[-1]["train_loss"]),
@@ -116,11 +130,12 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
     """Build a model from files, sharded from the start."""
     deepspeed.init_distributed(dist_backend="gloo")
     kept = HfDeepSpeedConfig(STAGE_3)
+    model_class = transformers.GPT2LMHeadModel  # imports what both need before the clock starts
     dist.barrier()
     memory, before = Memory(), resident()
     memory.restart()
     began = time.perf_counter()
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+    model = model_class.from_pretrained(options.model, dtype=torch.bfloat16)
     dist.barrier()
     seconds = time.perf_counter() - began
     del kept
@@ -167,6 +182,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--stage", type=int, default=3)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--model", default="", help="folder of the model's files")
     parser.add_argument("--weights", default="", help="where the trained weights go")
