@@ -72,6 +72,7 @@ def fine_tune(options: argparse.Namespace) -> dict[str, Any]:
 
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")  # without a GPU Accelerate counts one rank otherwise
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True  # it allows bf16 on GPUs only
     config = transformers.GPT2Config(
         n_layer=6, n_embd=512, n_head=8, vocab_size=20000, n_positions=128, bos_token_id=0, eos_token_id=0
     )
@@ -95,7 +96,6 @@ def fine_tune(options: argparse.Namespace) -> dict[str, Any]:
         },
         accelerator_config={"use_configured_state": True},
         per_device_train_batch_size=4,
-        use_cpu=True,
         bf16=options.precision == "bf16",
         max_steps=WARM_UP + options.steps,
         learning_rate=1e-4,
@@ -117,6 +117,7 @@ def fine_tune(options: argparse.Namespace) -> dict[str, Any]:
     steps = [
         after - before for before, after in zip(clock.ends[WARM_UP - 1 :], clock.ends[WARM_UP:], strict=False)
     ]
+    assert isinstance(trainer.model_wrapped, deepspeed.DeepSpeedEngine)
     end = clock.weights()
     if dist.get_rank() == 0:
         torch.save({"start": clock.start, "end": end}, options.weights)
