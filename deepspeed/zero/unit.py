@@ -127,6 +127,7 @@ class Unit:
         if master_on not in (None, device) and self.held.mine is not None:
             self.mirror = pinned_empty(layout.chunk, dtypes.storage).copy_(self.held.mine)
         self._views = self.views(self.flat)
+        del chunks  # or the memory would count it among the tensors that stay
         meter = meter or GatherMeter()
         self.memory = FlatMemory(self.flat, meter)
         self._move_parameters()

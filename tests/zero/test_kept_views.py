@@ -110,6 +110,19 @@ def test_what_a_gathered_context_gave_can_be_read_after_it():
 
 
 @on_ranks(2)
+def test_one_view_at_a_time_can_be_read_after_its_context():
+    """On a host ``.cpu()`` copies nothing: scripts that collect weights so keep one view each time."""
+    model = seeded(0, lambda: nn.Sequential(nn.Linear(SIZE, SIZE), nn.Linear(SIZE, 1)))
+    expected = [param.detach().clone() for param in model.parameters()]
+    twins = Twins(model)
+    for param, want in zip(twins.engine.module.parameters(), expected, strict=True):
+        with zero.GatheredParameters([param]):
+            value = param.data.cpu()
+        assert value.untyped_storage().nbytes() > 0
+        assert torch.equal(value, want)
+
+
+@on_ranks(2)
 def test_training_goes_on_from_values_that_were_given_to_numpy():
     twins = Twins(seeded(0, lambda: nn.Sequential(nn.Linear(SIZE, SIZE), nn.Tanh(), nn.Linear(SIZE, SIZE))))
     for index in range(3):
