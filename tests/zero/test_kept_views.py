@@ -123,6 +123,19 @@ def test_one_view_at_a_time_can_be_read_after_its_context():
 
 
 @on_ranks(2)
+def test_a_state_dict_of_released_weights_keeps_no_memory():
+    """transformers holds one while it loads a model weight by weight."""
+    twins = Twins(seeded(0, lambda: nn.Sequential(nn.Linear(SIZE, SIZE), nn.Linear(SIZE, 1))))
+    model = twins.engine.module
+    state = model.state_dict()
+    for param in model.parameters():
+        with zero.GatheredParameters([param], modifier_rank=0):
+            param.data.add_(1)
+    assert state["0.weight"].shape == (SIZE, SIZE)
+    assert model[0].weight.ds_slot.unit.flat.untyped_storage().nbytes() == 0
+
+
+@on_ranks(2)
 def test_training_goes_on_from_values_that_were_given_to_numpy():
     twins = Twins(seeded(0, lambda: nn.Sequential(nn.Linear(SIZE, SIZE), nn.Tanh(), nn.Linear(SIZE, SIZE))))
     for index in range(3):
