@@ -1,4 +1,4 @@
-"""Gradient buffers that are used again.
+"""Buffers that are used again.
 
 Note [Buffers on the host]
 Fresh host memory costs a page fault every 4 KiB, more than the copy into it, so on the host buffers are kept
@@ -45,3 +45,23 @@ class BufferPool:
         """Take back a buffer that came from `take` and that nobody reads or writes any more."""
         if self._keep:
             self._free.append(buffer if buffer._base is None else buffer._base)
+
+
+class Scratch:
+    """One piece of memory that whoever takes it owns until it is taken again.
+
+    Args:
+        nbytes: how much there is; what is larger is new. Memory that nobody has written to costs nothing.
+        device: where it is.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self._device = device
+        self._bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Return a flat tensor with stale contents."""
+        wanted = numel * dtype.itemsize
+        if wanted > self._bytes.numel():
+            return torch.empty(numel, dtype=dtype, device=self._device)
+        return self._bytes[:wanted].view(dtype)

@@ -37,6 +37,7 @@ from deepspeed.config.zero import OffloadParamSection
 from deepspeed.errors import ConfigError, NotBuiltError
 from deepspeed.precision.policy import PrecisionPolicy
 from deepspeed.zero import constructors
+from deepspeed.zero.buffers import Scratch
 from deepspeed.zero.gathered import GatheredParameters
 from deepspeed.zero.holder import Holder, leave_device, make_holder
 from deepspeed.zero.layout import even_layout
@@ -47,6 +48,9 @@ from deepspeed.zero.unit import Unit, refuse
 
 TRIM_EVERY = 32 * 2**20
 """Bytes of parameters made on the host after which the heap's holes, left by whole ones, go back to the system."""
+
+SCRATCH = 64 * 2**20
+"""Bytes on the host through which values of parameters go to their shards. See note [Buffers on the host]."""
 
 LENT = 4
 """Units that stay whole for views of them."""
@@ -154,6 +158,8 @@ class Construction:
     def __init__(self, sharding: Sharding, dtype: torch.dtype | None, holder: Holder) -> None:
         self._sharding, self._dtype, self._holder = sharding, dtype, holder
         self._device = _device()
+        on_host = self._device.type == "cpu" and sharding.releases
+        self._scratch = Scratch(SCRATCH, self._device) if on_host else None
         self._meter = GatherMeter()
         self._under_way: list[nn.Module] = []
         self._units: list[Unit] = []
@@ -226,6 +232,7 @@ class Construction:
             trained=False,
             holder=self._holder,
             meter=self._meter,
+            scratch=self._scratch,
         )
         unit.demand, unit.lend = _first_rank_decides, self._lend
         unit.may_resize = True

@@ -30,6 +30,7 @@ from deepspeed import comm
 from deepspeed.errors import OffloadError, UsageError
 from deepspeed.offload.buffers import pinned_empty
 from deepspeed.precision.policy import ParamDtypes
+from deepspeed.zero.buffers import Scratch
 from deepspeed.zero.held import Waitable, wait_for_all
 from deepspeed.zero.holder import Holder
 from deepspeed.zero.layout import Layout, Piece
@@ -68,6 +69,7 @@ class Unit:
         master_on: where the master lives if it is to be apart from the stored shard, even in the same dtype.
         holder: where what is held lives; None: in memory.
         meter: counts gathers.
+        scratch: memory for the values until they are held, where the unit is released at once; None: the flat's.
 
     Attributes:
         users: those who need the unit whole now; it is not released while there are any.
@@ -99,6 +101,7 @@ class Unit:
         master_on: torch.device | None = None,
         holder: Holder | None = None,
         meter: GatherMeter | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         self.names = [name for name, _ in named]
         self.params = [param for _, param in named]
@@ -116,10 +119,11 @@ class Unit:
         self._work: list[Waitable] = []
         self._here = len(self.params)
         self._apart: set[int] = set()
-        given = self._given_values(device)
-        self.flat = given.to(dtypes.storage)
+        given = self._given_values(scratch or Scratch(0, device))
+        values = given.to(dtypes.storage)
+        self.flat = values if scratch is None else torch.empty_like(values)
         near, rows = sharding.hold_group, sharding.spread_group.size
-        chunks = self.flat.view(rows, near.size, layout.chunk)[:, near.rank]
+        chunks = values.view(rows, near.size, layout.chunk)[:, near.rank]
         self.held = (holder or Holder()).hold(chunks, sharding, self.label)
         self.master = _master_of(self, given, master_on)
         self.visit_master: VisitRange = partial(visit_range, self.master)
@@ -136,12 +140,12 @@ class Unit:
             self.settle()
             self.release()
 
-    def _given_values(self, device: torch.device) -> Tensor:
+    def _given_values(self, scratch: Scratch) -> Tensor:
         """Return the parameters' values in one new flat, equal on all data-parallel ranks."""
         dtype = self.params[0].dtype
         for param in self.params[1:]:
             dtype = torch.promote_types(dtype, param.dtype)
-        given = torch.empty(self.layout.total, dtype=dtype, device=device)
+        given = scratch.take(self.layout.total, dtype)
         self.zero_gaps(given)
         everyone_has = True  # each value is read from where all ranks keep it
         decides = self.sharding.everyone.rank == 0
