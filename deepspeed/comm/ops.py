@@ -67,7 +67,7 @@ def _broadcast(links: Links, tensor: Tensor, source: int, group: Any, what: byte
     """Copy through rooms, piece by piece; the source is one piece ahead of the others, or all where nobody waits."""
     flat = tensor.contiguous().view(-1)
     pending = []
-    for piece in flat.split(max(1, shared.PIECE // tensor.element_size())):
+    for piece in flat.split(max(1, shared.PIECE // flat.itemsize, -(-len(flat) // shared.PIECES))):
         pending.append(shared.Broadcast(links, piece, source, what))
         if not async_op:
             pending.pop().wait()

@@ -27,7 +27,8 @@ from deepspeed.comm.summing import Summing
 
 BLOCK = 2**16  # elements summed at a time: their parts and the fp32 sum stay in the cache
 SMALL = 2**14  # elements up to which an all-reduce is one exchange
-PIECE = 2**22  # bytes of a broadcast that one room holds
+PIECE = 2**22  # bytes of a broadcast that one room holds, or more, so that there are at most
+PIECES = 32  # signals, which a socket keeps for a peer that does not read them yet
 
 
 class SharedWork(dist.Work):

@@ -56,7 +56,7 @@ def test_an_all_reduce_equals_the_sum_in_rank_order_on_every_rank(numel, dtype):
 @on_ranks(3)
 def test_a_broadcast_gives_every_rank_the_tensor_of_its_source(monkeypatch, dtype, async_op):
     monkeypatch.setattr(shared, "PIECE", 64)
-    for numel in (0, 1, 7, 200):
+    for numel in (0, 1, 7, 200, 5000):
         for source in range(3):
             tensor = (torch.arange(numel) % 5 - dist.get_rank()).to(dtype)
             work = comm.broadcast(tensor, source, async_op=async_op)
