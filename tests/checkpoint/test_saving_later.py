@@ -63,16 +63,20 @@ def test_a_save_in_the_background_is_that_of_its_moment(stage, tier):
     run_on_ranks(2, moment, stage, tier)
 
 
-def test_a_save_that_has_ended_is_forgotten_with_the_values_it_holds(tmp_path):
+def forgets_a_save(folder):
     engine = make_engine(2, checkpoint=LATER)
     train(engine, [0])
-    engine.save_checkpoint(tmp_path)
+    engine.save_checkpoint(folder)
     save = weakref.ref(engine._saving)
     train(engine, [1])
     engine.finish_saving()
     gc.collect()
     assert save() is None
     engine.destroy()
+
+
+def test_a_save_that_has_ended_is_forgotten_with_the_values_it_holds(tmp_path):
+    run_on_ranks(1, forgets_a_save, tmp_path)
 
 
 def test_steady_values_are_those_of_the_moment_however_far_the_thread_is(tmp_path):
