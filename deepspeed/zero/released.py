@@ -182,9 +182,8 @@ class Alias(Tensor):
     def of(cls, source: Tensor) -> Tensor:
         """Return an alias of a released parameter or of another alias."""
         with torch._C.DisableTorchFunctionSubclass():
-            alias = Tensor._make_subclass(
-                cls, source.detach()
-            )  # as_subclass() would keep what it is made of, too
+            # as_subclass() would keep what it is made of, too, and so count as two views.
+            alias = Tensor._make_subclass(cls, source.detach())
         alias.ds_slot = source.ds_slot  # type: ignore[attr-defined]
         alias.ds_slot.unit.memory.guarded += 1
         return alias
