@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate import PartialState
-from accelerate.state import AcceleratorState, GradientState
+from accelerating import forget
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from deepspeed.zero import GatheredParameters
 
@@ -53,9 +52,7 @@ def hugging_face(*, deepspeed: bool = True) -> Iterator[None]:
             try:
                 yield
             finally:
-                AcceleratorState._reset_state(reset_partial_state=True)
-                GradientState._reset_state()
-                unset_hf_deepspeed_config()
+                forget()
                 transformers.logging.set_verbosity(level)
 
 
