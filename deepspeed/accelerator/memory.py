@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import psutil
 import torch
 
 from deepspeed.accelerator.devices import Devices
+from deepspeed.accelerator.heap import trim_heap
 
 
 def resident_bytes() -> int:
@@ -26,16 +26,6 @@ def peak_resident_bytes() -> int:
         return resident_bytes()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024
-
-
-def trim_heap() -> None:
-    """Give free memory inside the heap back to the system, where the C library can (glibc).
-
-    A large block that is freed below a small one that stays would count as this process's memory otherwise.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 class Memory(Devices):

@@ -15,6 +15,7 @@ from torch import nn
 
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator.heap import keep_freed_memory
 from deepspeed.comm.agreement import raise_together
 from deepspeed.config import DeepSpeedConfig, resolve_scheduler
 from deepspeed.config.batch import BatchSizes
@@ -100,6 +101,8 @@ def build_parts(
     if isinstance(training_data, torch.utils.data.DataLoader):
         training_data = _dataset_of(training_data, settings)
     loader = None if training_data is None else make_loader(training_data, settings.batch.micro)
+    if device.type == "cpu":
+        keep_freed_memory()  # only now: what building took goes back to the system
     return EngineParts(
         module=module,
         settings=settings,

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepspeed.accelerator.memory import trim_heap
+from deepspeed.accelerator.heap import trim_heap
 from deepspeed.comm.agreement import raise_together
 from deepspeed.errors import OffloadError
 from deepspeed.offload.buffers import aligned_empty, aligned_size

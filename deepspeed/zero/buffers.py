@@ -1,10 +1,4 @@
-"""Buffers that are used again.
-
-Note [Buffers on the host]
-Fresh host memory costs a page fault every 4 KiB, more than the copy into it, so on the host buffers are kept
-and handed out again. A device has a caching allocator that does this, and memory kept there would be missing
-from the forward pass, so there they are simply dropped.
-"""
+"""Buffers that are used again."""
 
 from __future__ import annotations
 
@@ -17,6 +11,10 @@ from deepspeed.offload.buffers import pinned_empty
 class BufferPool:
     """Hand out flat buffers with stale contents; the one who takes a buffer owns it until it is given back.
 
+    Page-locked memory is kept and handed out again, because locking is slow. Other memory is dropped: an allocator
+    keeps it (a device's own; on the host see note [Freed memory is kept]), and what lay here would be missing from the
+    forward pass.
+
     Args:
         device: where they are.
         pin: whether they are page-locked, on the host.
@@ -25,25 +23,24 @@ class BufferPool:
     def __init__(self, device: torch.device, *, pin: bool = False) -> None:
         self._device = device
         self._pin = pin
-        self._keep = device.type == "cpu"
         self._free: list[Tensor] = []
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Return a buffer of exactly `numel` elements, cut from a kept one of at most twice that, or new."""
+        if not self._pin:
+            return torch.empty(numel, dtype=dtype, device=self._device)
         fitting = [
             buffer for buffer in self._free if buffer.dtype == dtype and numel <= buffer.numel() <= 2 * numel
         ]
         if not fitting:
-            if self._pin:
-                return pinned_empty(numel, dtype)
-            return torch.empty(numel, dtype=dtype, device=self._device)
+            return pinned_empty(numel, dtype)
         best = min(fitting, key=Tensor.numel)
         self._free = [buffer for buffer in self._free if buffer is not best]
         return best[:numel]
 
     def give(self, buffer: Tensor) -> None:
         """Take back a buffer that came from `take` and that nobody reads or writes any more."""
-        if self._keep:
+        if self._pin:
             self._free.append(buffer if buffer._base is None else buffer._base)
 
 

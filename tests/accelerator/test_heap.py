@@ -1,0 +1,62 @@
+"""What is freed in one step is there for the next, unless the user has said otherwise."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, torch
+from deepspeed.accelerator.heap import keep_freed_memory, trim_heap
+keep_freed_memory()
+
+def step():
+    for size in (2**22, 2**24, 2**23):  # up to 64 MiB, which glibc would take from the system each time
+        torch.ones(size)
+
+def resident():
+    import psutil
+    return psutil.Process().memory_info().rss
+
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+kept = resident()
+trim_heap()
+print(kept - resident())
+"""
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+
+
+def run_steps(**settings: str) -> tuple[int, int]:
+    """Return the page faults of five steps, and the bytes that a trim gave back."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env={**kept, **settings}, capture_output=True, text=True, check=True
+    )
+    faults, given_back = map(int, done.stdout.split())
+    return faults, given_back
+
+
+@glibc
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    faults, given_back = run_steps()
+    assert faults < 1000
+    assert given_back > 50 * 2**20
+
+
+@glibc
+@pytest.mark.parametrize(
+    "setting",
+    [{"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}],
+)
+def test_settings_of_the_user_win(setting: dict[str, str]) -> None:
+    faults, _ = run_steps(**setting)
+    assert faults > 10_000
