@@ -3,8 +3,9 @@
 Note [Freed memory is kept]
     glibc gives large blocks back to the system when they are freed, so every training step would get the pages of
     its activations, gradients and gathered weights anew: a fault for each 4 KiB, in all a tenth of the step and
-    more. `keep_freed_memory` has nearly all blocks come from the heap, whose end is given back only beyond 2 GiB
-    of free memory. Settings of the user's (MALLOC_..., or glibc.malloc in GLIBC_TUNABLES) are left alone, and so
+    more. `keep_freed_memory` has all but the largest blocks come from the heap, whose end is given back only beyond
+    2 GiB of free memory. The largest stay apart: an aligned block does not fit where one of its size was freed, so
+    the heap has a free place too many for each size, and for those it would count. Settings of the user's (MALLOC_..., or glibc.malloc in GLIBC_TUNABLES) are left alone, and so
     are other C libraries.
 
 Source: mallopt(3), malloc_trim(3).
@@ -18,6 +19,7 @@ import sys
 from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt
+_LARGEST = 2**26  # bytes of a block in the heap
 
 
 def trim_heap() -> None:
@@ -36,7 +38,7 @@ def keep_freed_memory() -> None:
     mallopt = _of_glibc("mallopt")
     if mallopt is None or chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
-    if not mallopt(_MMAP_THRESHOLD, 2**30):
+    if not mallopt(_MMAP_THRESHOLD, _LARGEST):
         mallopt(_MMAP_THRESHOLD, 2**25)  # the most that glibc before 2.35 takes
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
