@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
@@ -93,6 +93,17 @@ class Memory(Devices):
     def pin_memory(self, tensor: torch.Tensor, align_bytes: int = 1) -> torch.Tensor:
         """Return `tensor` in page-locked memory; on the CPU there is no one to copy to, so as it is."""
         return tensor if self.on_host else tensor.pin_memory()
+
+    def send(
+        self, numbers: Sequence[float], device: torch.device, *, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Return numbers as a tensor (1-dim) on `device`; the host does not wait until they are there.
+
+        ``torch.tensor(numbers, device=...)`` copies from pageable memory, and so waits for all that the device has
+        been given before.
+        """
+        on_host = torch.tensor(numbers, dtype=dtype, device="cpu")
+        return on_host if device.type == "cpu" else self.pin_memory(on_host).to(device, non_blocking=True)
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         """Tell whether `tensor` is page-locked (always true on the CPU, where it makes no difference)."""

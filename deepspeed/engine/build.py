@@ -90,7 +90,8 @@ def build_parts(
     inner = choose_optimizer(module, settings, client_optimizer, model_parameters)
     home = None if inner is None else home_of_states(settings, data_parallel, device)
     sharded = shard_module(module, inner, settings, policy, sharding, device, home)
-    raise_together(sharded.states.failure, data_parallel.process_group)
+    if sharded.states.are_away:
+        raise_together(sharded.states.failure, data_parallel.process_group)
     optimizer = reducer = None
     if inner is not None:
         reducer, optimizer = _make_optimizer(inner, sharded, settings, policy, data_parallel, device)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import agreement
 from deepspeed.errors import OffloadError, UsageError
 from deepspeed.zero.gatherer import Gatherer
@@ -365,7 +366,7 @@ class ZeroOptimizer(WrappedOptimizer):
         group = self._data_parallel
         if group.size > 1:
             replicas = active[0].unit.sharding.replica_group.size
-            flags = torch.tensor(used, dtype=torch.float32, device=norm.device)
+            flags = get_accelerator().send(used, norm.device)
             parts = [(norm.square() / replicas).reshape(1), norm.new_full((1,), float(late)), flags]
             message = torch.cat(parts)
             comm.all_reduce(message, group=group.process_group, label="norm of the step's gradients")

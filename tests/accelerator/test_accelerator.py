@@ -97,6 +97,12 @@ def test_on_the_cpu_devices_are_the_launchers_ranks(host, monkeypatch):
     assert host.current_device() == 2
 
 
+def test_numbers_are_sent_as_a_tensor(host):
+    sent = host.send((1.5, 2.0), torch.device("cpu"), dtype=torch.float64)
+    assert torch.equal(sent, torch.tensor([1.5, 2.0], dtype=torch.float64))
+    assert torch.equal(host.send([True, False], torch.device("cpu")), torch.tensor([1.0, 0.0]))
+
+
 def test_host_memory_is_what_the_process_occupies(host):
     before = host.memory_allocated()
     block = torch.ones(2**24)

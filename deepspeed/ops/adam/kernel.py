@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.pieces import piece_size, pieces
 
 
@@ -84,11 +85,8 @@ def numbers(hyper: AdamHyper, control: Control) -> Tensor:
     """
     device = control.step.device
     decay = hyper.lr * hyper.weight_decay if hyper.decoupled else hyper.weight_decay
-    fixed = torch.tensor(
-        [hyper.beta1, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, hyper.eps],
-        dtype=torch.float64,
-        device=device,
-    )
+    constants = (hyper.beta1, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, hyper.eps)
+    fixed = get_accelerator().send(constants, device, dtype=torch.float64)
     count = control.step.double()
     one = torch.ones_like(count)
     first = 1 - hyper.beta1**count if hyper.bias_correction else one
