@@ -1,7 +1,7 @@
 # make train   train a GPT on real text with two ranks and ZeRO-2
 # make test    lint, type-check and run the whole suite
 # make lint    only the first two
-# make bench   compare with the original, DDP and FSDP2
+# make bench   compare with the original, DDP and FSDP2: hours; BENCH=--quick, BENCH="--only step_bf16" take less
 # make clean   remove the virtual environment and what was built
 #
 # PYTHON=python3.12            the Python to make the virtual environment from
@@ -13,6 +13,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH  ?=
+BENCH  ?=
 
 .PHONY: train test lint bench clean
 
@@ -28,7 +29,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/suite.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -5,6 +5,7 @@
 Rows run in turn, round by round: cast + torch's fused AdamW + cast (the base of the ratio), this project's
 chunked pass, and its compiled pass where a compiler is present. A row's ratio is the median over rounds of
 its time by the base's time in the same round, so a busy machine slows both sides of it.
+Results: adam_step.json and adam_step.md under benchmarks/results.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+from results import RESULTS, header, header_lines, markdown_table, write
 
 from deepspeed.ops.adam import FusedAdam, path_in_use
 
 Step = Callable[[], None]
-BASE = "cast + fused + cast"
+BASE = "cast + torch's fused AdamW + cast"
+GOAL = 0.6
 
 
 def naive(numel: int) -> Step:
@@ -60,30 +65,59 @@ def measure(rows: dict[str, Step], rounds: int) -> dict[str, list[float]]:
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
-    print("first step: " + ", ".join(f"{name} {spent[0]:.2f} s" for name, spent in times.items()) + "\n")
     return {name: spent[1:] for name, spent in times.items()}
 
 
 def main() -> None:
-    """Run and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--numel", type=int, default=33_554_432)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    rows = {BASE: naive(args.numel), "chunked": ours(args.numel, compiled=False)}
+    parser.add_argument("--note", default="", help="a sentence to print with the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args()
+    head = header(options.note)
+    torch.set_num_threads(options.threads)
+    rows = {BASE: naive(options.numel), "this project, chunked": ours(options.numel, compiled=False)}
     path, reason = path_in_use()
-    print(f"on this machine: {path} ({reason})")
     if path == "compiled":
-        rows["compiled"] = ours(args.numel, compiled=True)
-    times = measure(rows, args.rounds)
-    print(f"| {'update':20} | median ms |  min ms | ratio |")
-    print(f"|{'-' * 22}|----------:|--------:|------:|")
-    for name, spent in times.items():
-        ratio = statistics.median(own / base for own, base in zip(spent, times[BASE], strict=True))
-        median = statistics.median(spent)
-        print(f"| {name:20} | {median * 1e3:9.1f} | {min(spent) * 1e3:7.1f} | {ratio:5.2f} |")
+        rows["this project, compiled"] = ours(options.numel, compiled=True)
+    times = measure(rows, options.rounds)
+    print(report(times, f"Without choice, large models use the {path} pass here: {reason}.", head, options))
+
+
+def report(
+    times: dict[str, list[float]], path: str, head: dict[str, Any], options: argparse.Namespace
+) -> str:
+    """Write JSON and Markdown; return the page."""
+    ratios = {
+        name: statistics.median(own / base for own, base in zip(spent, times[BASE], strict=True))
+        for name, spent in times.items()
+    }
+    cells = [
+        [name, f"{statistics.median(spent) * 1e3:.1f}", f"{min(spent) * 1e3:.1f}", f"{ratios[name]:.2f}"]
+        for name, spent in times.items()
+    ]
+    verdicts = [
+        f"- {name}: {ratio:.2f} of the base's time (goal: at most {GOAL}, {'met' if ratio <= GOAL else 'NOT met'})."
+        for name, ratio in ratios.items()
+        if name != BASE
+    ]
+    versions = {"torch": str(torch.__version__)}
+    paragraphs = [
+        f"# Adam on {options.numel / 1e6:.1f} million parameters",
+        f"bf16 gradient in, bf16 weight out, fp32 master and moments; rounds: {options.rounds}, "
+        f"threads: {options.threads}.",
+        *header_lines(head, versions),
+        markdown_table(["update", "median ms", "min ms", "ratio"], cells),
+        "\n".join(verdicts),
+        path,
+    ]
+    document = {**head, "versions": versions, "numel": options.numel, "seconds": times, "verdicts": verdicts}
+    return write("adam_step", document, paragraphs, options.out).read_text()
 
 
 if __name__ == "__main__":

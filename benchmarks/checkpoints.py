@@ -182,7 +182,13 @@ def report(runs: Sequence[Run], shape: Shape, head: dict[str, Any], options: arg
         "`sync`; this project's saves are on the disk when they return, the original's are not. *extra*: resident "
         "memory at the peak beyond that before the call, cached pages of mapped files included.",
     ]
-    document = {**head, "versions": versions, "shape": asdict(shape), "runs": [asdict(run) for run in runs]}
+    document = {
+        **head,
+        "versions": versions,
+        "verdicts": [text for text, _ in verdicts(runs)],
+        "shape": asdict(shape),
+        "runs": [asdict(run) for run in runs],
+    }
     return write("checkpoints", document, paragraphs, options.out)
 
 

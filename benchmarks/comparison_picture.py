@@ -15,6 +15,7 @@ _TINTS = {
     "fsdp2": "#6b7280",
     "fsdp2_whole": "#6b7280",
     "fsdp2_live": "#6b7280",
+    "alone": "#b8bdc6",
     "compute": "#b8bdc6",
 }
 _OPACITY = {"forward": 0.45, "backward": 0.7, "step": 1.0}

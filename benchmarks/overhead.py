@@ -79,9 +79,11 @@ def report(records: Records, head: dict[str, Any], options: argparse.Namespace) 
     rows = [_cells(kind, stage, records[kind, stage], medians) for kind, stage in records]
     versions = {PACKAGES[kind]: runs[0]["versions"]["deepspeed"] for (kind, _), runs in records.items()}
     versions["torch"] = next(iter(records.values()))[0]["versions"]["torch"]
+    lines = [verdict(stage, medians) for stage in options.stages]
     document = {
         **head,
         "versions": versions,
+        "verdicts": lines,
         "runs": [
             {"kind": kind, "stage": stage, "added": [added(r) for r in runs], "records": runs}
             for (kind, stage), runs in records.items()
@@ -95,7 +97,7 @@ def report(records: Records, head: dict[str, Any], options: argparse.Namespace) 
         markdown_table(
             ["engine", "bare us", "engine us", "added us", "min-max", "share", "loss apart"], rows
         ),
-        "\n".join(verdict(stage, medians) for stage in options.stages),
+        "\n".join(lines),
         "*added*: median over processes of the median over turns of engine less bare. *share*: of what "
         "the original adds at the same stage. *loss apart*: relative, "
         "between the two loops after the first steps.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -10,13 +11,24 @@ from typing import Any
 
 from meter import machine
 
-RESULTS = Path(__file__).resolve().parent / "results"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+RUN_BY_RANKS = ("meter.py", "model.py", "rows.py", "tiers.py", "work.py", "worker.py")
 
 
 def header(note: str = "") -> dict[str, Any]:
     """Say when and on what a benchmark runs; call before it starts, so that the load is not its own."""
     now = datetime.now(timezone.utc)
-    return {"date": f"{now:%Y-%m-%d %H:%M} UTC", "machine": machine(), "note": note}
+    return {"date": f"{now:%Y-%m-%d %H:%M} UTC", "machine": machine(), "source": source(), "note": note}
+
+
+def source() -> str:
+    """Name what is measured: a digest of the package and of what the benchmarks' ranks run."""
+    digest = hashlib.sha256()
+    package, benchmarks = HERE.parent / "deepspeed", [HERE / name for name in RUN_BY_RANKS]
+    for path in [*sorted(package.rglob("*.py")), *benchmarks, *sorted(HERE.glob("*_worker.py"))]:
+        digest.update(f"{path.relative_to(HERE.parent)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def header_lines(head: dict[str, Any], versions: dict[str, str]) -> list[str]:

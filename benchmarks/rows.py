@@ -7,7 +7,10 @@ ddp              torch DDP over a bf16 model, fp32 master weights kept by hand, 
 fsdp2            torch fully_shard per block, bf16 parameters and reduction, fused AdamW on the fp32 shards
 fsdp2_whole      the same, but gradients stay whole between micro-batches and are reduced at the last one
 fsdp2_live       fsdp2 whose parameters stay gathered from forward to backward
-compute          forward and backward alone: no communication and no update, the limit for everybody
+alone            ddp without DDP: every rank trains a replica of its own, no communication, the limit for everybody
+compute          forward and backward alone: no update either
+
+In fp32 nothing is cast and nobody keeps master weights.
 """
 
 from __future__ import annotations
@@ -45,6 +48,12 @@ class Recipe:
     batch: int
     accumulation: int
     swap: str = ""
+    precision: str = "bf16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that compute."""
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.precision]
 
 
 class Trainer(Protocol):
@@ -138,37 +147,45 @@ class TorchTrainer:
         return None
 
 
-class DDPTrainer(TorchTrainer):
-    """bf16 model under DDP; the classic hand-written mixed-precision step.
+class AloneTrainer(TorchTrainer):
+    """The classic hand-written mixed-precision step of one rank.
 
-    DDP averages bf16 gradients in the last micro-batch; the update casts them to fp32, clips, runs fused
-    AdamW on the fp32 master weights and copies these back into the bf16 model.
+    The update casts bf16 gradients to fp32, clips, runs fused AdamW on the fp32 master weights and copies these
+    back into the bf16 model. Of an fp32 model there are no masters.
     """
 
     def __init__(self, model: GPT, recipe: Recipe) -> None:
         super().__init__(recipe)
-        model.bfloat16()
-        self.module = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        self.parameters = list(model.parameters())
-        self.masters = [nn.Parameter(p.detach().float()) for p in self.parameters]
-        self.optimizer = make_adamw(self.masters)
+        self.module = model.to(recipe.dtype)
+        parameters = list(model.parameters())
+        self.pairs = [(p, nn.Parameter(p.detach().float())) for p in parameters if p.dtype != torch.float32]
+        self.updated = [master for _, master in self.pairs] or parameters
+        self.optimizer = make_adamw(self.updated)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Update in fp32 and publish masters as bf16."""
+        for parameter, master in self.pairs:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        nn.utils.clip_grad_norm_(self.updated, CLIP)
+        self.optimizer.step()
+        for parameter, master in self.pairs:
+            parameter.copy_(master)
+        self.module.zero_grad()
+        self.optimizer.zero_grad()
+
+
+class DDPTrainer(AloneTrainer):
+    """The same under DDP, which averages gradients in the last micro-batch, in the dtype of the model."""
+
+    def __init__(self, model: GPT, recipe: Recipe) -> None:
+        super().__init__(model, recipe)
+        self.module = nn.parallel.DistributedDataParallel(self.module, gradient_as_bucket_view=True)
 
     def announce(self, last: bool) -> None:
         """Reduce in the last micro-batch only; what ``no_sync`` does, without its block."""
         super().announce(last)
         self.module.require_backward_grad_sync = last  # type: ignore[assignment]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Update the masters in fp32 and publish them as bf16."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-        nn.utils.clip_grad_norm_(self.masters, CLIP)
-        self.optimizer.step()
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            parameter.copy_(master)
-        self.module.zero_grad()
-        self.optimizer.zero_grad()
 
 
 class FSDP2Trainer(TorchTrainer):
@@ -185,7 +202,7 @@ class FSDP2Trainer(TorchTrainer):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+        policy = MixedPrecisionPolicy(param_dtype=recipe.dtype, reduce_dtype=recipe.dtype)
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard)
         fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -215,11 +232,11 @@ class FSDP2LiveTrainer(FSDP2Trainer):
 
 
 class ComputeTrainer(TorchTrainer):
-    """bf16 forward and backward, gradients thrown away."""
+    """Forward and backward, gradients thrown away."""
 
     def __init__(self, model: GPT, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.module = model.bfloat16()
+        self.module = model.to(recipe.dtype)
 
     def update(self) -> None:
         """Drop the gradients."""
@@ -233,12 +250,14 @@ TRAINERS: dict[str, Callable[[GPT, Recipe], Trainer]] = {
     "fsdp2": FSDP2Trainer,
     "fsdp2_whole": FSDP2WholeTrainer,
     "fsdp2_live": FSDP2LiveTrainer,
+    "alone": AloneTrainer,
     "compute": ComputeTrainer,
 }
 
 # A row stands beside the row it is compared with, so that the two of a pair meet the same machine load.
+OTHERS = ("ddp", "fsdp2", "alone", "compute")
 DEFAULT_ROWS = (
-    "ours:0", "original:0", "ours:1", "original:1", "ours:2", "original:2", "ddp", "fsdp2", "compute",
+    "ours:0", "original:0", "ours:1", "original:1", "ours:2", "original:2", "ours:3", "original:3", *OTHERS,
 )  # fmt: skip
 
 LABELS = {
@@ -248,6 +267,7 @@ LABELS = {
     "fsdp2": "torch FSDP2",
     "fsdp2_whole": "torch FSDP2, one reduction",
     "fsdp2_live": "torch FSDP2, one gather",
+    "alone": "one rank alone",
     "compute": "compute only",
 }
 
@@ -299,7 +319,7 @@ def engine_config(recipe: Recipe, largest: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": recipe.batch,
         "gradient_accumulation_steps": recipe.accumulation,
         "gradient_clipping": CLIP,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": recipe.precision == "bf16"},
         "zero_optimization": {
             "stage": row.stage,
             **offload_sections(row.kind, row.tier, recipe.swap, largest),

@@ -9,6 +9,8 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,42 +18,45 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from meter import Memory, disk_traffic, write_record
-from model import Shape, batches, build_model
+from model import batches, build_model
 from rows import Recipe, Trainer, make_trainer, split_row
 from torch import Tensor
+from work import Work, read_work
 
 
 def main() -> None:
     """Train one row and write `OUT/rankR.json`."""
     options = parse()
-    torch.set_num_threads(options.threads)
-    shape = Shape(**json.loads(options.shape))
     rank = int(os.environ["RANK"])
-    row = split_row(options.row)
     began = time.perf_counter()
-    start_group(row.kind)
-    model = build_model(shape, options.checkpointing)
-    trainer = make_trainer(Recipe(row, shape.batch, options.accumulation, options.swap), model)
-    record = train(trainer, shape, rank, options, began)
-    record["versions"] = versions(row.kind)
+    work, trainer = start(options)
+    record = train(trainer, work, rank, options, began)
+    record["versions"] = versions(split_row(options.row).kind)
     write_record(options.out, rank, record)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def parse() -> argparse.Namespace:
-    """Read the command line compare.py writes."""
+    """Read the command line that launch.py's callers write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--row", required=True)
-    parser.add_argument("--shape", required=True, help="the fields of Shape as JSON")
+    parser.add_argument("--work", required=True, help="the fields of Work as JSON")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--warmup", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--accumulation", type=int, required=True, help="micro-batches of a step")
-    parser.add_argument("--checkpointing", action="store_true", help="run the blocks again in backward")
     parser.add_argument("--swap", required=True, help="folder for states on disk")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
+
+
+def start(options: argparse.Namespace) -> tuple[Work, Trainer]:
+    """Start the group and build the row's trainer."""
+    work, row = read_work(json.loads(options.work)), split_row(options.row)
+    torch.set_num_threads(work.threads)
+    start_group(row.kind)
+    model = build_model(work.shape, work.checkpointing)
+    recipe = Recipe(row, work.shape.batch, work.accumulation, options.swap, work.precision)
+    return work, make_trainer(recipe, model)
 
 
 def start_group(kind: str) -> None:
@@ -65,7 +70,7 @@ def start_group(kind: str) -> None:
 
 
 def train(
-    trainer: Trainer, shape: Shape, rank: int, options: argparse.Namespace, began: float
+    trainer: Trainer, work: Work, rank: int, options: argparse.Namespace, began: float
 ) -> dict[str, Any]:
     """Run warm-up and timed steps; times in seconds, memory in bytes."""
     memory = Memory()
@@ -74,14 +79,12 @@ def train(
     ready = 0.0
     before: int | None = None
     traffic = 0
-    count = options.accumulation
-    drawn = batches(shape, rank, count * (options.warmup + options.steps))
-    for index in range(options.warmup + options.steps):
+    for index, micro_batches in enumerate(draw_steps(work, rank, options.warmup + options.steps)):
         if index == options.warmup:
             memory.restart()
             before, traffic = trainer.gathers(), disk_traffic()
             dist.barrier()
-        spans, loss = run_step(trainer, drawn[index * count : (index + 1) * count])
+        spans, loss = run_step(trainer, micro_batches)
         losses.append(loss)
         ready = ready or time.perf_counter() - began
         if index >= options.warmup:
@@ -98,19 +101,36 @@ def train(
     }
 
 
-def run_step(trainer: Trainer, micro_batches: list[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], float]:
-    """Run the micro-batches of one step; return the seconds of each phase, summed, and the mean loss."""
+def draw_steps(work: Work, rank: int, steps: int) -> list[list[tuple[Tensor, Tensor]]]:
+    """Draw the micro-batches of every step."""
+    count = work.accumulation
+    drawn = batches(work.shape, rank, count * steps)
+    return [drawn[index * count : (index + 1) * count] for index in range(steps)]
+
+
+def run_step(
+    trainer: Trainer,
+    micro_batches: list[tuple[Tensor, Tensor]],
+    around: Callable[[str], AbstractContextManager[object]] = nullcontext,
+) -> tuple[dict[str, float], float]:
+    """Run the micro-batches of one step, each phase within `around` its name.
+
+    Returns the seconds of each phase, summed, and the mean loss.
+    """
     spans = dict.fromkeys(("forward", "backward", "step"), 0.0)
     losses = []
     cpu, began = time.process_time(), time.perf_counter()
     for number, batch in enumerate(micro_batches, start=1):
         trainer.announce(number == len(micro_batches))
         stamps = [time.perf_counter()]
-        loss = trainer.forward(*batch)
+        with around("forward"):
+            loss = trainer.forward(*batch)
         stamps.append(time.perf_counter())
-        trainer.backward(loss)
+        with around("backward"):
+            trainer.backward(loss)
         stamps.append(time.perf_counter())
-        trainer.step()
+        with around("step"):
+            trainer.step()
         stamps.append(time.perf_counter())
         losses.append(loss.detach())
         for name, (early, late) in zip(spans, pairwise(stamps), strict=True):

@@ -58,45 +58,40 @@ def test_ratios_are_taken_within_a_round(table: ModuleType) -> None:
     assert ddp.tokens_per_second == pytest.approx(1024)
 
 
-def test_the_page_shows_every_row_and_holds_it_against_the_goals(table: ModuleType) -> None:
+def test_the_limit_is_a_row_like_others_and_memory_is_a_part_of_the_original_s(table: ModuleType) -> None:
+    # Again the second round is slower, and it takes more memory.
     turns = [
-        table.make_turn("ours:2", 0, [rank(0.4, peak=900 << 20)]),
-        table.make_turn("original:2", 0, [rank(0.6, peak=950 << 20)]),
+        table.make_turn(row, number, [rank(seconds * slow, peak=int(mib * slow) << 20)])
+        for number, slow in enumerate((1.0, 2.0))
+        for row, seconds, mib in (
+            ("ours:2", 0.44, 450),
+            ("original:2", 0.7, 500),
+            ("alone", 0.4, 300),
+            ("compute", 0.2, 200),
+        )
     ]
-    turns.append(table.make_turn("ddp", 0, [rank(0.5)]))
-    summaries = table.summarise(turns, 1024, str)
 
-    lines = table.render_table(summaries).splitlines()
-    speed, loss = table.verdicts(summaries)
+    ours, original, alone, _ = table.summarise(turns, 1024, str)
+    titles, _, first, *_ = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in table.render_table([ours, original, alone]).splitlines()
+    )
+
+    assert (ours.over_alone, ours.over_compute, ours.share) == pytest.approx((1.1, 2.2, 0.9))
+    assert (original.over_alone, original.share) == (pytest.approx(1.75), None)
+    assert alone.over_alone == 1
+    assert first[titles.index("x limit")] == "1.10"
+    assert first[titles.index("x compute")] == "2.20"
+    assert first[titles.index("of original")] == "0.90"
+
+
+def test_the_table_has_a_line_for_every_row(table: ModuleType) -> None:
+    turns = [table.make_turn(row, 0, [rank(0.4)]) for row in ("ours:2", "original:2", "ddp")]
+
+    lines = table.render_table(table.summarise(turns, 1024, str)).splitlines()
 
     assert len({len(line) for line in lines}) == 1
     assert [line.split()[1] for line in lines[2:]] == ["ours:2", "original:2", "ddp"]
-    assert "1.50 times as fast" in speed
-    assert speed.count(", met") == 2
-    assert ", met" in loss
-
-
-def test_a_row_that_learns_otherwise_is_shown(table: ModuleType) -> None:
-    turns = [
-        table.make_turn(row, 0, [rank(0.5, last_loss=end)]) for row, end in (("ddp", 8.0), ("ours:0", 8.2))
-    ]
-
-    (loss,) = table.verdicts(table.summarise(turns, 1024, str))
-
-    assert "NOT met" in loss
-
-
-def test_stage_3_is_held_against_fsdp2_too(table: ModuleType) -> None:
-    runs = [("ours:3", 0.4, 990), ("original:3", 0.6, 1000), ("fsdp2", 0.5, 980)]
-    turns = [table.make_turn(row, 0, [rank(seconds, peak=mib << 20)]) for row, seconds, mib in runs]
-
-    original, fsdp2, loss = table.verdicts(table.summarise(turns, 1024, str))
-
-    assert "1.50 times as fast as the original (goal 1.3, met)" in original
-    assert "990 MiB beside 1000 MiB (goal: not above, met)" in original
-    assert "1.25 times as fast as FSDP2 (goal 1.3, NOT met)" in fsdp2
-    assert "990 MiB beside 980 MiB (goal: not above, NOT met)" in fsdp2
-    assert "of FSDP2's fall in loss" in loss
 
 
 def test_the_table_shows_the_columns_in_which_a_row_has_a_figure(table: ModuleType) -> None:
@@ -114,17 +109,6 @@ def test_the_table_shows_the_columns_in_which_a_row_has_a_figure(table: ModuleTy
     assert "x original" not in titles
     assert (ours[titles.index("gathers")], fsdp2[titles.index("gathers")]) == ("22", "-")
     assert ours[titles.index("x FSDP2")] == "1.25"
-
-
-def test_offload_is_held_against_the_original_with_it_and_on_the_host_against_none(table: ModuleType) -> None:
-    runs = [("ours:2", 0.40), ("ours:2:host", 0.41), ("original:2:host", 0.60), ("original:2", 0.50)]
-    turns = [table.make_turn(row, 0, [rank(seconds)]) for row, seconds in runs]
-
-    plain, offloaded, cost = table.verdicts(table.summarise(turns, 1024, str))
-
-    assert "1.25 times as fast as the original (goal 1.3, NOT met)" in plain
-    assert "1.46 times as fast as the original (goal 1.5, NOT met)" in offloaded
-    assert "1.025 of the time without offload (goal: at most 1.05, met)" in cost
 
 
 def test_what_goes_to_the_disk_is_shown(table: ModuleType) -> None:

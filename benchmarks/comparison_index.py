@@ -1,0 +1,104 @@
+"""The page over all comparisons, made from the JSON files that are there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from comparison_goals import Verdict, verdicts
+from comparison_table import MIB, Summary, Turn, summarise, times
+from results import header_lines, markdown_table
+from rows import label
+from suite_settings import SETTINGS, SINGLES, Setting, Single
+from work import read_work
+
+TITLES = (
+    "", "row", "ours ms", "original ms", "DDP ms", "FSDP2 ms", "limit ms", "x original", "x DDP", "x FSDP2",
+    "x limit", "ours MiB", "original MiB", "of original", "goals", "",
+)  # fmt: skip
+
+
+def write_index(folder: Path) -> Path:
+    """Write index.md over what is in `folder`; return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / "index.md"
+    page.write_text("\n\n".join(paragraphs(folder)) + "\n")
+    return page
+
+
+def paragraphs(folder: Path) -> list[str]:
+    """Write the table of training steps, what else was measured, and what was not."""
+    settings = [(each, found) for each in SETTINGS if (found := load(folder, each.name)) and "work" in found]
+    singles = [(each, found) for each in SINGLES if (found := load(folder, each.name))]
+    rows = [line for setting, found in settings for line in _lines(setting, found)]
+    present = {each.name for each, _ in (*settings, *singles)}
+    missing = [each.name for each in (*SETTINGS, *SINGLES) if each.name not in present]
+    return [
+        "# All comparisons",
+        "`make bench` measures them, `python benchmarks/suite.py --index` writes this page from the figures that are "
+        "there. *x original* (same stage), *x DDP* and *x FSDP2*: times as fast; *x limit*: times as long as the raw "
+        "forward, backward and update of one rank without communication; medians of the ratios within a round. "
+        "Peak resident memory of a rank.",
+        *([markdown_table(TITLES, rows)] if rows else []),
+        *(["## Training steps", *(_story(*pair) for pair in settings)] if settings else []),
+        *(["## And", *(_story(*pair) for pair in singles)] if singles else []),
+        *([f"Not measured yet: {', '.join(missing)}."] if missing else []),
+    ]
+
+
+def load(folder: Path, name: str) -> dict[str, Any]:
+    """Read what a benchmark left; empty where there is nothing."""
+    path = folder / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def _lines(setting: Setting, document: dict[str, Any]) -> list[list[str]]:
+    """Write the cells of each of this project's rows; one that failed has no figures."""
+    work = read_work(document["work"])
+    summaries = summarise([Turn(**turn) for turn in document["turns"]], work.tokens, label)
+    held = verdicts(summaries, work)
+    rows = {s.row: s for s in summaries}
+    lines = []
+    for row in (row for row in document["rows"] if row.startswith("ours")):
+        name = label(row).partition(", ")[2]
+        if row in rows:
+            mine = [verdict for verdict in held if verdict.row == row]
+            lines.append([setting.title, name, *_figures(rows[row], rows), *_goals(mine)])
+        else:
+            lines.append([setting.title, name, *["-"] * (len(TITLES) - 3), "FAILED"])
+    return lines
+
+
+def _figures(mine: Summary, rows: dict[str, Summary]) -> list[str]:
+    original = rows.get(mine.row.replace("ours", "original"))
+    beside = [original, *(rows.get(name) for name in ("ddp", "fsdp2", "alone"))]
+    return [
+        *("-" if s is None else f"{s.total * 1e3:.0f}" for s in (mine, *beside)),
+        times(mine.against_original),
+        times(mine.against_ddp),
+        times(mine.against_fsdp2),
+        times(mine.over_alone),
+        *("-" if s is None else f"{s.peak / MIB:.0f}" for s in (mine, original)),
+        times(mine.share),
+    ]
+
+
+def _goals(held: Sequence[Verdict]) -> list[str]:
+    goals = ", ".join(f"{v.name} {'<=' if v.at_most else '>='} {v.goal:g}" for v in held)
+    missed = ", ".join(v.name for v in held if not v.met)
+    if not held:
+        return ["-", "-"]
+    return [goals, f"NOT met: {missed}" if missed else "met"]
+
+
+def _story(each: Setting | Single, document: dict[str, Any]) -> str:
+    """Say when, on what and with what versions something was measured, and what failed."""
+    lines = [f"[{each.name}]({each.name}.md): {each.title}.", *header_lines(document, document["versions"])]
+    failures = [
+        f"**{label(row)} failed:** {why.splitlines()[-1]}"
+        for row, why in document.get("failures", {}).items()
+    ]
+    return "\n".join([" ".join([*lines, *failures]), *document.get("verdicts", [])])
