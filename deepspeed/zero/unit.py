@@ -119,6 +119,10 @@ class Unit:
         self._work: list[Waitable] = []
         self._here = len(self.params)
         self._apart: set[int] = set()
+        self._places = [
+            (param.shape, torch.empty(param.shape, device="meta").stride(), offset)
+            for param, offset in zip(self.params, layout.offsets, strict=True)
+        ]
         given = self._given_values(scratch or Scratch(0, device))
         values = given.to(dtypes.storage)
         self.flat = values if scratch is None else torch.empty_like(values)
@@ -197,9 +201,10 @@ class Unit:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """View a whole flat (or a gradient laid out like it) as the parameters, in their shapes."""
+        start = flat.storage_offset()
         return [
-            flat[offset : offset + numel].view(param.shape)
-            for offset, numel, param in zip(self.layout.offsets, self.layout.numels, self.params, strict=True)
+            flat.as_strided(shape, strides, start + offset)  # a third of the time of a slice and a view
+            for shape, strides, offset in self._places
         ]
 
     def shape_of(self, index: int) -> torch.Size:
