@@ -5,8 +5,8 @@ Note [Freed memory is kept]
     its activations, gradients and gathered weights anew: a fault for each 4 KiB, in all a tenth of the step and
     more. `keep_freed_memory` has all but the largest blocks come from the heap, whose end is given back only beyond
     2 GiB of free memory. The largest stay apart: an aligned block does not fit where one of its size was freed, so
-    the heap has a free place too many for each size, and for those it would count. Settings of the user's (MALLOC_..., or glibc.malloc in GLIBC_TUNABLES) are left alone, and so
-    are other C libraries.
+    the heap has a free place too many for each size, and for those it would count. Settings of the user's
+    (MALLOC_..., or glibc.malloc in GLIBC_TUNABLES) are left alone, and so are other C libraries.
 
 Source: mallopt(3), malloc_trim(3).
 """

@@ -33,6 +33,7 @@ from deepspeed.comm.collectives import (
     reduce_scatter,
     reduce_scatter_single,
     start_all_reduce,
+    start_reduce_scatter,
 )
 from deepspeed.comm.init import default_timeout, init_distributed, mpi_discovery
 from deepspeed.comm.log import comms_logger, configure, log_summary
@@ -54,6 +55,7 @@ from deepspeed.comm.ops import (
     scatter,
     send,
 )
+from deepspeed.comm.parts import laid_out
 
 # The names that torch and the original gave to the same operations.
 all_gather_into_tensor = all_gather_single
@@ -99,6 +101,7 @@ __all__ = [
     "is_available",
     "is_initialized",
     "isend",
+    "laid_out",
     "log_summary",
     "monitored_barrier",
     "mpi_discovery",
@@ -113,4 +116,5 @@ __all__ = [
     "scatter_object_list",
     "send",
     "start_all_reduce",
+    "start_reduce_scatter",
 ]

@@ -20,6 +20,7 @@ from deepspeed.comm import direct, shared
 from deepspeed.comm.calls import guarded, words
 from deepspeed.comm.links import Links, links_of
 from deepspeed.comm.log import logged, nbytes, total_nbytes
+from deepspeed.comm.parts import cut, laid_out, numel_of
 from deepspeed.comm.summing import is_reducible
 from deepspeed.errors import UsageError
 
@@ -62,11 +63,7 @@ def reduce_scatter_single(
     `input`, and may have another dtype (fp32 for 16-bit input keeps the sum unrounded on CPU ranks).
     Returns a Work when `async_op`, else None.
     """
-    what = words("reduce_scatter_single", input.numel(), input.dtype, label)
-    if not direct.is_direct(group, output, input) or not is_reducible(input.dtype, op):
-        return _reduce_scatter_by_torch(output, input, op, group, async_op, what)
-    chunks = _chunks("reduce_scatter_single", input, output, group)
-    return complete(_reduce(output.view(-1), chunks, op, group, async_op, what), async_op)
+    return _reduce_scatter(output, input, op, group, async_op, label)
 
 
 @logged("all_reduce", lambda tensor, *_, **__: nbytes(tensor))
@@ -84,18 +81,55 @@ def all_reduce(
     return by_torch(what, group, dist.all_reduce, tensor, op=op, async_op=async_op)
 
 
+@logged("reduce_scatter_single", lambda output, parts, *_, **__: numel_of(parts) * output.element_size())
+def start_reduce_scatter(output: Tensor, parts: Sequence[Tensor], group: Any = None, label: str = "") -> Any:
+    """Start to sum every rank's message and leave this rank's chunk of the sum in `output`; return a Work.
+
+    Args:
+        output: flat; its dtype is that of the message.
+        parts: of this rank's message, flat, of any dtype; in all world-size times as many elements as `output`.
+        group: of ranks.
+        label: what is moved, in errors.
+    """
+    links = _links_for(output, dist.ReduceOp.SUM, group)
+    if links is None:
+        whole = laid_out(parts, output.new_empty(numel_of(parts)))
+        work = _reduce_scatter(output, whole, dist.ReduceOp.SUM, group, True, label)
+        return direct.DeferredWork([work], b"", group, used=[whole])
+    what = words("reduce_scatter_single", numel_of(parts), output.dtype, label)
+    chunks = cut(parts, [output.numel()] * links.size)
+    return shared.Reduce(links, output, chunks, dist.ReduceOp.SUM, what)
+
+
 @logged("all_reduce", lambda tensor, *_, **__: nbytes(tensor))
-def start_all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, label: str = "") -> Any:
-    """Start to reduce `tensor` over the ranks of `group`, in place, and return a Work.
+def start_all_reduce(
+    tensor: Tensor,
+    parts: Sequence[Tensor] = (),
+    op: Any = dist.ReduceOp.SUM,
+    group: Any = None,
+    label: str = "",
+) -> Any:
+    """Start to reduce a message over the ranks of `group` into `tensor`, and return a Work.
 
     Faster than an asynchronous `all_reduce` between ranks of one host, for callers that keep a stricter
     rule: waiting counts as a collective, so all ranks start and wait in the same order.
+
+    Args:
+        tensor: gets the result; its dtype is that of the message.
+        parts: of this rank's message, flat, of any dtype; none: what `tensor` has.
+        op: of the reduction.
+        group: of ranks.
+        label: what is moved, in errors.
     """
     links, what = _links_for(tensor, op, group), words("all_reduce", tensor.numel(), tensor.dtype, label)
+    flat = tensor.view(-1)
+    if links is not None and flat.numel() > shared.SMALL:
+        return shared.ReduceEverywhere(links, flat, parts or [flat], op, what)
+    if parts:
+        laid_out(parts, flat)
     if links is None:
         return by_torch(what, group, dist.all_reduce, tensor, op=op, async_op=True)
-    kind = shared.SumWhole if tensor.numel() <= shared.SMALL else shared.ReduceEverywhere
-    return kind(links, tensor.view(-1), op, what)
+    return shared.SumWhole(links, flat, op, what)
 
 
 @logged("all_gather", lambda outputs, *_, **__: total_nbytes(outputs))
@@ -159,7 +193,15 @@ def _reduce(
     links = links_of(group)
     if links is None:
         return direct.ReduceWork(output, chunks, op, group, at_once=async_op, what=what)
-    return shared.Reduce(links, output, chunks, op, what)
+    return shared.Reduce(links, output, [[chunk] for chunk in chunks], op, what, chunks[0].dtype)
+
+
+def _reduce_scatter(output: Tensor, input: Tensor, op: Any, group: Any, async_op: bool, label: str) -> Any:
+    what = words("reduce_scatter_single", input.numel(), input.dtype, label)
+    if not direct.is_direct(group, output, input) or not is_reducible(input.dtype, op):
+        return _reduce_scatter_by_torch(output, input, op, group, async_op, what)
+    chunks = _chunks("reduce_scatter_single", input, output, group)
+    return complete(_reduce(output.view(-1), chunks, op, group, async_op, what), async_op)
 
 
 def _reduce_scatter_by_torch(

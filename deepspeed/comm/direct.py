@@ -50,18 +50,25 @@ def is_on_host(group: Any, *tensors: Tensor) -> bool:
 
 
 class DeferredWork(dist.Work):
-    """Pending operations as one, with a last step that `wait` runs once."""
+    """Pending operations as one, with a last step that `wait` runs once; `used` are tensors it keeps until then."""
 
     def __init__(
-        self, pending: Sequence[Any], what: bytes, group: Any, finish: Callable[[], None] | None = None
+        self,
+        pending: Sequence[Any],
+        what: bytes,
+        group: Any,
+        finish: Callable[[], None] | None = None,
+        used: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
+        self._used = used
         self._pending, self._what, self._group = list(pending), what, group
         self._finish = finish
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until the data is in place (raises what torch raises on a lost peer or a timeout)."""
         wait_all(self._pending, self._what, self._group, timeout)
+        self._used = ()
         if self._finish is not None:
             finish, self._finish = self._finish, None
             finish()

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepspeed.comm.links import Links
-from deepspeed.comm.summing import Summing
+from deepspeed.comm.parts import cut, laid_out, numel_of
+from deepspeed.comm.summing import reduce_parts
 
-BLOCK = 2**16  # elements summed at a time: their parts and the fp32 sum stay in the cache
 SMALL = 2**14  # elements up to which an all-reduce is one exchange
 PIECE = 2**22  # bytes of a broadcast that one room holds, or more, so that there are at most
 PIECES = 32  # signals, which a socket keeps for a peer that does not read them yet
@@ -34,11 +34,13 @@ PIECES = 32  # signals, which a socket keeps for a peer that does not read them 
 class SharedWork(dist.Work):
     """One exchange under way; `wait` reads the peers' rooms, once."""
 
-    def __init__(self, links: Links, written: Sequence[Tensor], what: bytes) -> None:
+    def __init__(
+        self, links: Links, written: Sequence[Tensor], what: bytes, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self._links, self._what = links, what
         self._finished = False
-        self._call = self._write(written)
+        self._call = self._write(written, dtype)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until the result is in place (CommunicationError: a peer is gone or late)."""
@@ -56,14 +58,14 @@ class SharedWork(dist.Work):
         raise NotImplementedError
 
     @torch.no_grad()
-    def _write(self, tensors: Sequence[Tensor]) -> int:
-        """Write tensors of one dtype to a room, one after the other, and announce it; without any, note the call."""
+    def _write(self, tensors: Sequence[Tensor], dtype: torch.dtype | None) -> int:
+        """Write tensors to a room, one after the other, and announce it; without any, note the call."""
         if not tensors:
             return self._links.note(self._what)
-        numels, dtype = [tensor.numel() for tensor in tensors], tensors[0].dtype
-        room = self._links.room(sum(numels) * dtype.itemsize)
-        for place, tensor in zip(room.view(sum(numels), dtype).split(numels), tensors, strict=True):
-            place.copy_(tensor)
+        dtype = dtype or tensors[0].dtype
+        numel = numel_of(tensors)
+        room = self._links.room(numel * dtype.itemsize)
+        laid_out(tensors, room.view(numel, dtype))
         return self._links.announce(room, self._what)
 
 
@@ -86,20 +88,42 @@ class Gather(SharedWork):
 
 
 class Reduce(SharedWork):
-    """Reduce this rank's chunk of every rank's `chunks` (flat) into `output`, which may be that very chunk."""
+    """Reduce this rank's chunk of every rank's `chunks` into `output`.
+
+    Args:
+        links: to the peers.
+        output: flat; its dtype is that of what is sent, unless `dtype` says otherwise.
+        chunks: by rank, each in parts (see note [Parts]); `output` may be the one part of this rank's.
+        op: of the reduction.
+        what: words of the call.
+        dtype: of what is sent.
+    """
 
     def __init__(
-        self, links: Links, output: Tensor, chunks: Sequence[Tensor], op: Any, what: bytes = b""
+        self,
+        links: Links,
+        output: Tensor,
+        chunks: Sequence[Sequence[Tensor]],
+        op: Any,
+        what: bytes = b"",
+        dtype: torch.dtype | None = None,
     ) -> None:
-        others = [chunk for rank, chunk in enumerate(chunks) if rank != links.rank]
-        super().__init__(links, others, what)
+        self._sent = dtype or output.dtype
+        others = [part for rank, chunk in enumerate(chunks) if rank != links.rank for part in chunk]
+        super().__init__(links, others, what, self._sent)
         self._mine, self._output, self._op = chunks[links.rank], output, op
-        self._lengths = [chunk.numel() for chunk in chunks]
+        self._lengths = [numel_of(chunk) for chunk in chunks]
 
     def _finish(self) -> None:
-        links, mine = self._links, self._mine
-        parts = [mine if rank == links.rank else self._part_of(rank) for rank in range(links.size)]
-        _sum(self._output, parts, mine, self._op)
+        links = self._links
+        theirs = {rank: self._part_of(rank) for rank in range(links.size) if rank != links.rank}
+        start = 0
+        for own in self._mine:
+            block = slice(start, start + own.numel())
+            parts = [own if rank == links.rank else theirs[rank][block] for rank in range(links.size)]
+            reduce_parts(self._output[block], parts, self._op)
+            start = block.stop
+        self._mine = []
         links.done(self._call)
 
     def _part_of(self, rank: int) -> Tensor:
@@ -107,7 +131,7 @@ class Reduce(SharedWork):
         me = self._links.rank
         start = sum(length for other, length in enumerate(self._lengths[:me]) if other != rank)
         room = self._links.awaited(rank, self._call)
-        return room.view(start + self._lengths[me], self._mine.dtype)[start:]
+        return room.view(start + self._lengths[me], self._sent)[start:]
 
 
 class SumWhole(SharedWork):
@@ -120,7 +144,7 @@ class SumWhole(SharedWork):
     def _finish(self) -> None:
         links, tensor = self._links, self._tensor
         parts = [tensor if rank == links.rank else self._part_of(rank) for rank in range(links.size)]
-        _sum(tensor, parts, tensor, self._op)
+        reduce_parts(tensor, parts, self._op)
         links.done(self._call)
 
     def _part_of(self, rank: int) -> Tensor:
@@ -145,13 +169,24 @@ class Broadcast(SharedWork):
 
 
 class ReduceEverywhere(dist.Work):
-    """An all-reduce of a large flat tensor in place; its second exchange begins when it is waited for."""
+    """An all-reduce of a large message; its second exchange begins when it is waited for.
 
-    def __init__(self, links: Links, tensor: Tensor, op: Any, what: bytes = b"") -> None:
+    Args:
+        links: to the peers.
+        output: flat.
+        parts: of this rank's message (see note [Parts]); may be `output` alone.
+        op: of the reduction.
+        what: words of the call.
+    """
+
+    def __init__(
+        self, links: Links, output: Tensor, parts: Sequence[Tensor], op: Any, what: bytes = b""
+    ) -> None:
         super().__init__()
         self._links, self._what = links, what
-        self._chunks = tensor.tensor_split(links.size)
-        self._reduce: Reduce | None = Reduce(links, self._chunks[links.rank], self._chunks, op, what)
+        self._chunks = output.tensor_split(links.size)
+        pieces = cut(parts, [chunk.numel() for chunk in self._chunks])
+        self._reduce: Reduce | None = Reduce(links, self._chunks[links.rank], pieces, op, what)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until the sum is in place (CommunicationError: a peer is gone or late)."""
@@ -165,11 +200,3 @@ class ReduceEverywhere(dist.Work):
     def is_completed(self) -> bool:
         """Tell whether the sum is in place."""
         return self._reduce is None
-
-
-def _sum(output: Tensor, parts: Sequence[Tensor], mine: Tensor, op: Any) -> None:
-    numel = output.numel()
-    summing = Summing(output, mine, op, min(BLOCK, numel))
-    for start in range(0, numel, BLOCK):
-        block = slice(start, min(start + BLOCK, numel))
-        summing.reduce(block, [part[block] for part in parts])

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+BLOCK = 2**16  # elements summed at a time: their parts and the fp32 sum stay in the cache
 REDUCIBLE = (dist.ReduceOp.SUM, dist.ReduceOp.AVG, dist.ReduceOp.MIN, dist.ReduceOp.MAX)
 
 
@@ -52,3 +53,18 @@ class Summing:
             total.div_(len(parts), rounding_mode=None if total.is_floating_point() else "trunc")
         if total is not output:
             output.copy_(total)
+
+
+def reduce_parts(output: Tensor, parts: Sequence[Tensor], op: Any) -> None:
+    """Write the reduction of every rank's part (flat, by rank) to `output`, which may be one of them.
+
+    The sum of two is one operation, which rounds once, too.
+    """
+    if len(parts) == 2 and op == dist.ReduceOp.SUM and {part.dtype for part in parts} == {output.dtype}:
+        torch.add(*parts, out=output)
+        return
+    inside = (part for part in parts if part.data_ptr() == output.data_ptr())
+    summing = Summing(output, next(inside, parts[0]), op, min(BLOCK, output.numel()))
+    for start in range(0, output.numel(), BLOCK):
+        block = slice(start, min(start + BLOCK, output.numel()))
+        summing.reduce(block, [part[block] for part in parts])

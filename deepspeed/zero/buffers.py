@@ -8,27 +8,18 @@ from torch import Tensor
 from deepspeed.offload.buffers import pinned_empty
 
 
-class BufferPool:
-    """Hand out flat buffers with stale contents; the one who takes a buffer owns it until it is given back.
+class PinnedPool:
+    """Hand out flat buffers in page-locked host memory, with stale contents; who takes one gives it back.
 
-    Page-locked memory is kept and handed out again, because locking is slow. Other memory is dropped: an allocator
-    keeps it (a device's own; on the host see note [Freed memory is kept]), and what lay here would be missing from the
-    forward pass.
-
-    Args:
-        device: where they are.
-        pin: whether they are page-locked, on the host.
+    Locking pages is slow, so they are kept. Other memory needs no pool: an allocator keeps it (a device's own; on
+    the host see note [Freed memory is kept]), and what lay in a pool would be missing from the forward pass.
     """
 
-    def __init__(self, device: torch.device, *, pin: bool = False) -> None:
-        self._device = device
-        self._pin = pin
+    def __init__(self) -> None:
         self._free: list[Tensor] = []
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Return a buffer of exactly `numel` elements, cut from a kept one of at most twice that, or new."""
-        if not self._pin:
-            return torch.empty(numel, dtype=dtype, device=self._device)
         fitting = [
             buffer for buffer in self._free if buffer.dtype == dtype and numel <= buffer.numel() <= 2 * numel
         ]
@@ -40,8 +31,7 @@ class BufferPool:
 
     def give(self, buffer: Tensor) -> None:
         """Take back a buffer that came from `take` and that nobody reads or writes any more."""
-        if self._pin:
-            self._free.append(buffer if buffer._base is None else buffer._base)
+        self._free.append(buffer if buffer._base is None else buffer._base)
 
 
 class Scratch:

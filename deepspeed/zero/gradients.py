@@ -1,7 +1,7 @@
 """Gradients of one unit on their way from autograd to the optimizer.
 
 p.grad (autograd)  ->  local    whole, accumulated on this rank       only while nothing may be sent
-                   ->  wire     whole, laid out like the flat         what is reduced
+                   ->  parts    in the order of the flat              what is reduced
                    ->  landed   this rank's chunk, summed over ranks  what the optimizer reads
 """
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from deepspeed import comm
-from deepspeed.zero.buffers import BufferPool
 from deepspeed.zero.landed import GradientInMemory, LandedGradient
 from deepspeed.zero.unit import Unit
 
@@ -25,16 +24,14 @@ class UnitGradients:
         landed: this rank's chunk of the summed gradient.
     """
 
-    def __init__(self, unit: Unit, pool: BufferPool, landed: LandedGradient, *, predivide: float) -> None:
+    def __init__(self, unit: Unit, landed: LandedGradient, *, predivide: float) -> None:
         self.unit = unit
         self.missing = len(unit.params)
         self.used = [False] * len(unit.params)
         self.landed = landed
-        self._pool = pool
         self._predivide = predivide
         self._local: Tensor | None = None
-        self._wire: Tensor | None = None  # in flight
-        self._landing: Tensor | None = None  # in flight; the wire itself where this rank holds everything
+        self._landing: Tensor | None = None  # in flight
         self._work: torch.distributed.Work | None = None
         self._exposed = False
         self._label = f"gradients of {unit.label}"
@@ -54,38 +51,37 @@ class UnitGradients:
         """Add what autograd produced to the local accumulation, and send nothing."""
         found = self._take_from_autograd()
         if self._local is None:
-            self._local = self._pool.take(self.unit.layout.total, self.unit.dtypes.accumulate)
-            self._lay_out(found, self._local)
+            local = self._empty(self.unit.layout.total, self.unit.dtypes.accumulate)
+            self._local = comm.laid_out(self._parts(found), local)
         elif found:
             views = self.unit.views(self._local)
-            torch._foreach_add_([views[index] for index, _ in found], [grad for _, grad in found])
+            torch._foreach_add_([views[index] for index in found], list(found.values()))
 
     def start_reduce(self) -> None:
-        """Lay the gradients out on the wire and start summing them over ranks; zeros where there are none."""
-        if self._local is None:
-            wire = self._pool.take(self.unit.layout.total, self.unit.dtypes.reduce)
-            self._lay_out(self._take_from_autograd(), wire)
-        else:
+        """Start summing the gradients over ranks; zeros where there are none."""
+        alone = self.unit.sharding.everyone.size == 1
+        if self._local is not None:
             self.keep_local()
-            wire, self._local = self._local, None
-            if self.unit.sharding.everyone.size > 1:  # alone, nothing is sent, so nothing is rounded
-                local = wire
-                wire = self._pool.take(local.numel(), self.unit.dtypes.reduce).copy_(local)
-                self._pool.give(local)
+            parts, self._local = [self._local], None
+        else:
+            parts = self._parts(self._take_from_autograd())
+            if alone:
+                parts = [comm.laid_out(parts, self._empty(self.unit.layout.total, self.unit.dtypes.reduce))]
         if self._predivide != 1.0:
-            wire.div_(self._predivide)
-        self._send(wire)
+            parts = list(torch._foreach_div(parts, self._predivide))
+        if alone:  # nothing is sent, so what was accumulated is not rounded
+            self._landing = parts[0]
+        else:
+            self._send(parts)
 
     def land(self) -> None:
         """Wait for the running reduction, if any, and add its result to what has landed."""
-        wire, landing = self._wire, self._landing
-        if wire is None or landing is None:
+        landing = self._landing
+        if landing is None:
             return
         if self._work is not None:
             self._work.wait()
-        self._wire = self._landing = self._work = None
-        if landing is not wire:
-            self._pool.give(wire)
+        self._landing = self._work = None
         self.landed.add(landing)
 
     def expose(self) -> None:
@@ -112,11 +108,9 @@ class UnitGradients:
         return self.landed.nbytes + (0 if local is None else local.numel() * local.element_size())
 
     def clear(self) -> None:
-        """Forget all gradients and give the buffers back."""
+        """Forget all gradients."""
         self._drop_param_grads()
         self.landed.clear()
-        if self._local is not None:
-            self._pool.give(self._local)
         self._local = None
         self.used = [False] * len(self.used)
 
@@ -125,36 +119,36 @@ class UnitGradients:
             param.grad = None
         self._exposed = False
 
-    def _take_from_autograd(self) -> list[tuple[int, Tensor]]:
-        found = []
+    def _take_from_autograd(self) -> dict[int, Tensor]:
+        found = {}
         for index, param in enumerate(self.unit.params):
             grad = param.grad
             if grad is not None:
-                found.append((index, grad.to_dense() if grad.is_sparse else grad))
+                found[index] = grad.to_dense() if grad.is_sparse else grad
                 param.grad = None
                 self.used[index] = True
         return found
 
-    def _lay_out(self, found: list[tuple[int, Tensor]], flat: Tensor) -> None:
-        """Write gradients to their places in `flat`, and zeros everywhere else."""
-        views = self.unit.views(flat)
-        if len(found) < len(views):
-            flat.zero_()
-        else:
-            self.unit.zero_gaps(flat)
-        if found:
-            torch._foreach_copy_([views[index] for index, _ in found], [grad for _, grad in found])
+    def _parts(self, found: dict[int, Tensor]) -> list[Tensor]:
+        """Return gradients, flat, in the order of the unit's flat, and zeros where there are none."""
+        zero = self.unit.flat.new_zeros(1)
+        return [
+            found[index].reshape(-1) if index in found else zero.expand(numel)
+            for index, numel in self.unit.layout.sequence
+        ]
 
-    def _send(self, wire: Tensor) -> None:
+    def _send(self, parts: list[Tensor]) -> None:
         shards, replicas = self.unit.sharding.shard_group, self.unit.sharding.replica_group
-        landing, work = wire, None
+        landing = self._empty(self.unit.layout.chunk, self.unit.dtypes.reduce)
+        work: torch.distributed.Work | None = None
         if shards.size > 1:
-            landing = self._pool.take(self.unit.layout.chunk, self.unit.dtypes.reduce)
-            work = comm.reduce_scatter_single(
-                landing, wire, group=shards.process_group, async_op=True, label=self._label
-            )
+            work = comm.start_reduce_scatter(landing, parts, shards.process_group, self._label)
+            parts = []
         if replicas.size > 1:
             if work is not None:
                 work.wait()
-            work = comm.start_all_reduce(landing, group=replicas.process_group, label=self._label)
-        self._wire, self._landing, self._work = wire, landing, work
+            work = comm.start_all_reduce(landing, parts, group=replicas.process_group, label=self._label)
+        self._landing, self._work = landing, work
+
+    def _empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(numel, dtype=dtype, device=self.unit.flat.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.offload.tier import DiskTier, Parcel
-from deepspeed.zero.buffers import BufferPool
+from deepspeed.zero.buffers import PinnedPool
 
 NORM_PART = 65_536
 """Elements of a shard whose norm is taken at a time on the host."""
@@ -59,8 +59,8 @@ class LandedGradient(Protocol):
 class GradientInMemory:
     """A landed gradient in memory; `shard` is None while nothing has landed."""
 
-    def __init__(self, pool: BufferPool, accumulate: torch.dtype) -> None:
-        self._pool, self._accumulate = pool, accumulate
+    def __init__(self, accumulate: torch.dtype) -> None:
+        self._accumulate = accumulate
         self.shard: Tensor | None = None
 
     @property
@@ -76,11 +76,11 @@ class GradientInMemory:
             self.shard = landing
             return
         if self.shard.dtype != self._accumulate:
-            narrow = self.shard
-            self.shard = self._pool.take(narrow.numel(), self._accumulate).copy_(narrow)
-            self._pool.give(narrow)
+            self.shard = self._widened(self.shard)
         self.shard.add_(landing)
-        self._pool.give(landing)
+
+    def _widened(self, narrow: Tensor) -> Tensor:
+        return narrow.to(self._accumulate)
 
     def norms(self) -> list[Tensor]:
         return [] if self.shard is None else norms_of(self.shard)
@@ -93,8 +93,6 @@ class GradientInMemory:
         pass
 
     def clear(self) -> None:
-        if self.shard is not None:
-            self._pool.give(self.shard)
         self.shard = None
 
 
@@ -107,7 +105,8 @@ class GradientOnHost(GradientInMemory):
     """
 
     def __init__(self, accumulate: torch.dtype, stream: Any) -> None:
-        super().__init__(BufferPool(torch.device("cpu"), pin=True), accumulate)
+        super().__init__(accumulate)
+        self._pool = PinnedPool()
         self._stream = stream
         self._leaving: Tensor | None = None
 
@@ -123,6 +122,13 @@ class GradientOnHost(GradientInMemory):
         if self.shard is not None:
             self._arrive()
         super().add(host)
+        if self.shard is not host:
+            self._pool.give(host)
+
+    def _widened(self, narrow: Tensor) -> Tensor:
+        wide = self._pool.take(narrow.numel(), self._accumulate).copy_(narrow)
+        self._pool.give(narrow)
+        return wide
 
     def _arrive(self) -> None:
         """Wait for the copy under way."""
@@ -140,6 +146,8 @@ class GradientOnHost(GradientInMemory):
 
     def clear(self) -> None:
         self._arrive()
+        if self.shard is not None:
+            self._pool.give(self.shard)
         super().clear()
 
 
@@ -148,13 +156,12 @@ class GradientOnDisk:
 
     Args:
         tier: where it goes.
-        pool: takes landings back.
         accumulate: dtype of sums.
         tile: elements that are in memory at a time.
     """
 
-    def __init__(self, tier: DiskTier, pool: BufferPool, accumulate: torch.dtype, tile: int) -> None:
-        self._tier, self._pool, self._accumulate, self._tile = tier, pool, accumulate, tile
+    def __init__(self, tier: DiskTier, accumulate: torch.dtype, tile: int) -> None:
+        self._tier, self._accumulate, self._tile = tier, accumulate, tile
         self._tiles: list[Parcel] = []
         self._norms: list[list[Tensor]] = []  # by tile
         self.is_empty = True
@@ -165,7 +172,6 @@ class GradientOnDisk:
         with self._tier.noting_failure():
             self._add(landing)
         self.is_empty = False
-        self._pool.give(landing)
 
     def _add(self, landing: Tensor) -> None:
         parts = landing.cpu().split(self._tile)

@@ -75,6 +75,16 @@ class Layout:
             gaps.append((position, self.total))
         return tuple(gaps)
 
+    @cached_property
+    def sequence(self) -> tuple[tuple[int, int], ...]:
+        """What lies in the flat, one after the other: (index of a parameter, or -1 for a gap; its elements)."""
+        taken = [
+            (start, index, numel)
+            for index, (start, numel) in enumerate(zip(self.offsets, self.numels, strict=True))
+        ]
+        free = [(start, -1, stop - start) for start, stop in self.gaps]
+        return tuple((index, numel) for _, index, numel in sorted([*taken, *free]) if numel > 0)
+
 
 def even_layout(numels: Sequence[int], ranks: int) -> Layout:
     """Lay parameters one after the other and cut the flat into equal shards, wherever the cuts fall."""

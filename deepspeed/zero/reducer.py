@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from deepspeed.zero.buffers import BufferPool
 from deepspeed.zero.gradients import UnitGradients
 from deepspeed.zero.landed import LandedGradient
 from deepspeed.zero.unit import Unit
@@ -50,14 +49,11 @@ class Reducer:
         units: Sequence[Unit],
         device: torch.device,
         *,
-        landing_place: Callable[[Unit, BufferPool], LandedGradient],
+        landing_place: Callable[[Unit], LandedGradient],
         predivide: float = 1.0,
         in_flight: int = 2,
     ) -> None:
-        pool = BufferPool(device)
-        self.gradients = [
-            UnitGradients(unit, pool, landing_place(unit, pool), predivide=predivide) for unit in units
-        ]
+        self.gradients = [UnitGradients(unit, landing_place(unit), predivide=predivide) for unit in units]
         self.sync = True
         self.on_implicit_backward: Callable[[], None] = _nothing
         self.on_complete: Callable[[Unit], None] = _nothing

@@ -24,7 +24,6 @@ from torch import Tensor
 from deepspeed.accelerator import get_accelerator
 from deepspeed.errors import OffloadError
 from deepspeed.offload.tier import DiskTier, NotesFailure, Parcel
-from deepspeed.zero.buffers import BufferPool
 from deepspeed.zero.gradients import UnitGradients
 from deepspeed.zero.landed import GradientInMemory, GradientOnDisk, GradientOnHost, LandedGradient
 from deepspeed.zero.leaves import Leaf, make_leaves, split_leaf, take_state
@@ -110,13 +109,13 @@ class LeafStates(NotesFailure):
             with self._tier.noting_failure():
                 self._tier.put(self._born[unit], [unit.master])
 
-    def landing_place(self, unit: Unit, pool: BufferPool) -> LandedGradient:
+    def landing_place(self, unit: Unit) -> LandedGradient:
         """Return what keeps a unit's reduced gradient."""
         accumulate = unit.dtypes.accumulate
         if unit not in self._born:
-            return GradientInMemory(pool, accumulate)
+            return GradientInMemory(accumulate)
         if self._landings is not None:
-            return GradientOnDisk(self._landings, pool, accumulate, self._tile_of(unit))
+            return GradientOnDisk(self._landings, accumulate, self._tile_of(unit))
         if self._stream is None and unit.flat.device.type != "cpu":
             self._stream = get_accelerator().Stream()
         return GradientOnHost(accumulate, self._stream)

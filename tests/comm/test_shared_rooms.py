@@ -12,11 +12,12 @@ import torch.distributed as dist
 from harness import on_ranks
 
 from deepspeed import comm
-from deepspeed.comm import shared
+from deepspeed.comm import collectives, shared
 from deepspeed.comm.links import Links, links_of
+from deepspeed.comm.summing import BLOCK
 from deepspeed.errors import CommunicationError
 
-SIZES = [1, 5, shared.SMALL, shared.SMALL + 1, 3 * shared.BLOCK + 7]
+SIZES = [1, 5, shared.SMALL, shared.SMALL + 1, 3 * BLOCK + 7]
 
 
 @pytest.fixture
@@ -200,3 +201,60 @@ def test_a_noted_call_is_compared_with_the_one_that_others_make(linked_pair):
     theirs.note(b"broadcast")
     with pytest.raises(CommunicationError, match="rank 1 is in broadcast"):
         shared.SumWhole(ours, torch.ones(2), dist.ReduceOp.SUM, b"all_reduce").wait()
+
+
+PARTS = [7, 500, 1, 90_000, 12, 3, 29_477]
+"""Elements of the parts of a message of 3 ranks; most cuts between ranks fall inside of parts."""
+
+
+def message_of(rank: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    parts = [torch.randn(numel, generator=generator).to(dtype) for numel in PARTS]
+    return [
+        torch.zeros(1, dtype=dtype).expand(numel) if numel == 500 else part
+        for part, numel in zip(parts, PARTS, strict=True)
+    ]
+
+
+def sum_in_rank_order(dtype: torch.dtype) -> torch.Tensor:
+    wholes = [torch.cat(message_of(rank, dtype)).float() for rank in range(3)]
+    return ((wholes[0] + wholes[1]) + wholes[2]).to(dtype)
+
+
+@pytest.mark.parametrize("linked", [True, False], ids=["linked", "not linked"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@on_ranks(3)
+def test_a_message_in_parts_is_reduced_like_one_that_lies_together(monkeypatch, linked, dtype):
+    if not linked:
+        monkeypatch.setattr(collectives, "links_of", lambda group: None)
+    rank, expected = dist.get_rank(), sum_in_rank_order(dtype)
+    chunk = torch.empty(len(expected) // 3, dtype=dtype)
+    work = comm.start_reduce_scatter(chunk, message_of(rank, dtype))
+    assert work.wait()
+    assert torch.equal(chunk, expected.chunk(3)[rank])
+    everywhere = torch.empty_like(expected)
+    assert comm.start_all_reduce(everywhere, message_of(rank, dtype)).wait()
+    assert_near(everywhere, expected)
+
+
+def assert_near(value: torch.Tensor, expected: torch.Tensor) -> None:
+    """gloo sums in an order of its own, and rounds at each addition."""
+    step = torch.finfo(value.dtype).eps
+    torch.testing.assert_close(value, expected, rtol=2 * step, atol=4 * step)
+
+
+@on_ranks(2)
+def test_parts_are_sent_in_the_dtype_of_the_output_and_ones_own_are_not_rounded():
+    rank = dist.get_rank()
+    parts = [torch.tensor([1.001]), torch.tensor([2.003, 3.001]), torch.tensor([4.003])]
+    chunk = torch.empty(2, dtype=torch.bfloat16)
+    comm.start_reduce_scatter(chunk, parts).wait()
+    mine = torch.cat(parts).chunk(2)[rank]
+    assert torch.equal(chunk, (mine + mine.bfloat16()).bfloat16())
+
+
+@on_ranks(2)
+def test_parts_of_a_small_message_may_be_empty():
+    tensor = torch.empty(3)
+    comm.start_all_reduce(tensor, [torch.ones(1), torch.empty(0), torch.full((2,), 2.0)]).wait()
+    assert tensor.tolist() == [2, 4, 4]
