@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepspeed.comm.arena import Arena, arena_of
+from deepspeed.comm.direct import is_on_host
 from deepspeed.config.compilation import AioSection
 from deepspeed.config.zero import OffloadParamSection
 from deepspeed.errors import OffloadError
@@ -95,7 +96,7 @@ def make_holder(
         return Holder()
     near, everyone = sharding.hold_group, sharding.everyone
     holder = Holder()
-    if not is_apart_from_host(device) and near.size > 1:
+    if not is_apart_from_host(device) and near.size > 1 and is_on_host(near.process_group):
         holder.arena = arena_of(near.process_group)
     if section is None or not leave_device(section, device):
         return holder

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
@@ -509,8 +510,8 @@ def _total_norm(norms: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _read(flag: Tensor) -> bool:
-    """Ask the device for a flag. See Note [One scale, one flag]."""
-    return bool(flag.item())
+    """Ask the device for a flag. See Note [One scale, one flag]. Where tensors are fake nothing ever went wrong."""
+    return not isinstance(flag, FakeTensor) and bool(flag.item())
 
 
 def _nobody() -> None:

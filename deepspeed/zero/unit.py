@@ -296,6 +296,9 @@ class Unit:
         if self.is_whole:
             out.copy_(self._views[index])
             return
+        if len(self.params) == 1 and not self.held.reads_alone:
+            out.copy_(self.views(self._gathered())[0])
+            return
         near = self.sharding.hold_group
         whole = torch.empty(self.layout.numels[index], dtype=self.flat.dtype, device=self.flat.device)
         for chunk in range(self.layout.ranks):
@@ -310,6 +313,12 @@ class Unit:
                     src = near.members[rank]
                     comm.broadcast(part, src, group=near.process_group, label=self.names[index])
         out.copy_(whole.view(out.shape))
+
+    def _gathered(self) -> Tensor:
+        """Return the whole values in memory of their own: one collective, however many ranks there are."""
+        whole = torch.empty_like(self.flat)
+        wait_for_all(self.held.start(whole.view(-1, self.sharding.hold_group.size, self.layout.chunk)))
+        return whole
 
     def show(self, index: int) -> None:
         """Make one parameter whole, in memory of its own, until `hide`."""

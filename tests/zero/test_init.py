@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 import torch.distributed as dist
+from collectives import gathers_are_collectives
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from harness import run_on_ranks
 from reference import PlainTrainer
@@ -15,6 +17,7 @@ from toys import Toy, make_toy, toy_batch, toy_loss
 from training import assert_equal_training, config_for, drive_engine
 
 import deepspeed
+from deepspeed.comm import comms_logger
 from deepspeed.errors import ConfigError, NotBuiltError
 from deepspeed.zero import GatheredParameters
 
@@ -202,3 +205,27 @@ def transformers_model(kind):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_transformers_model_is_built_resized_trained_and_asked(kind):
     run_on_ranks(2, transformers_model, kind)
+
+
+def laid_out_with_one_gather_for_each():
+    config = config_for(3, "fp32", 1, 0.0)
+    with gathers_are_collectives():
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
+        before = whole_copy(model)
+        comms_logger.configure(enabled=True)
+        engine = deepspeed.initialize(model=model, config=config)[0]
+        calls: Counter[str] = Counter()
+        for (op, _), tally in comms_logger.tallies.items():
+            calls[op] += tally.count
+        comms_logger.configure(enabled=False)
+        comms_logger.reset()
+        assert calls == {"all_gather_single": 4}
+        for old, new in zip(before.parameters(), whole_copy(model).parameters(), strict=True):
+            assert torch.equal(old, new)
+        engine.destroy()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_an_engine_reads_what_was_born_sharded_with_one_gather_for_each_parameter(ranks):
+    run_on_ranks(ranks, laid_out_with_one_gather_for_each)
