@@ -59,14 +59,14 @@ def start(options: argparse.Namespace) -> tuple[Work, Trainer]:
     return work, make_trainer(recipe, model)
 
 
-def start_group(kind: str) -> None:
-    """Start gloo the way the row's users do."""
+def start_group(kind: str, backend: str = "gloo") -> None:
+    """Start the process group the way the row's users do."""
     if kind in ("ours", "original"):
         import deepspeed
 
-        deepspeed.init_distributed(dist_backend="gloo")
+        deepspeed.init_distributed(dist_backend=backend)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group(backend)
 
 
 def train(
