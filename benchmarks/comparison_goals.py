@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from comparison_table import MIB, Summary, without_tier
+from comparison_table import MIB, Summary
 from rows import Row, split_row
 from work import Work
 
@@ -120,7 +120,7 @@ def _beside_torch(mine: Summary, summaries: Sequence[Summary], work: Work) -> li
             f"{mine.label}: {share:.2f} of FSDP2's peak memory, "
             f"{mine.peak / MIB:.0f} MiB beside {fsdp2.peak / MIB:.0f} MiB"
         )
-        found.append(Verdict(mine.row, "memory of FSDP2", share, MEMORY_BESIDE_FSDP2, text, at_most=True))
+        found.append(Verdict(mine.row, "memory beside FSDP2", share, MEMORY_BESIDE_FSDP2, text, at_most=True))
     return found
 
 
@@ -129,7 +129,7 @@ def _beside_resident(mine: Summary) -> list[Verdict]:
         return []
     share = 1 / mine.against_resident
     text = f"{mine.label}: {share:.3f} of the time without offload"
-    return [Verdict(mine.row, f"x {without_tier(mine.row)}", share, HOST, text, at_most=True)]
+    return [Verdict(mine.row, "x without offload", share, HOST, text, at_most=True)]
 
 
 def _losses(summaries: Sequence[Summary]) -> list[Verdict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from comparison_table import MIB, Summary, Turn, summarise, times
 from results import header_lines, markdown_table
 from rows import label
 from suite_settings import SETTINGS, SINGLES, Setting, Single
-from work import read_work
 
 TITLES = (
     "", "row", "ours ms", "original ms", "DDP ms", "FSDP2 ms", "limit ms", "x original", "x DDP", "x FSDP2",
@@ -30,7 +30,12 @@ def write_index(folder: Path) -> Path:
 
 def paragraphs(folder: Path) -> list[str]:
     """Write the table of training steps, what else was measured, and what was not."""
-    settings = [(each, found) for each in SETTINGS if (found := load(folder, each.name)) and "work" in found]
+    # Figures of other work under the same name, made by hand, are not this setting's.
+    settings = [
+        (each, found)
+        for each in SETTINGS
+        if (found := load(folder, each.name)) and found.get("work") == asdict(each.work)
+    ]
     singles = [(each, found) for each in SINGLES if (found := load(folder, each.name))]
     rows = [line for setting, found in settings for line in _lines(setting, found)]
     present = {each.name for each, _ in (*settings, *singles)}
@@ -43,7 +48,7 @@ def paragraphs(folder: Path) -> list[str]:
         "Peak resident memory of a rank.",
         *([markdown_table(TITLES, rows)] if rows else []),
         *(["## Training steps", *(_story(*pair) for pair in settings)] if settings else []),
-        *(["## And", *(_story(*pair) for pair in singles)] if singles else []),
+        *(["## Other benchmarks", *(_story(*pair) for pair in singles)] if singles else []),
         *([f"Not measured yet: {', '.join(missing)}."] if missing else []),
     ]
 
@@ -57,9 +62,8 @@ def load(folder: Path, name: str) -> dict[str, Any]:
 
 def _lines(setting: Setting, document: dict[str, Any]) -> list[list[str]]:
     """Write the cells of each of this project's rows; one that failed has no figures."""
-    work = read_work(document["work"])
-    summaries = summarise([Turn(**turn) for turn in document["turns"]], work.tokens, label)
-    held = verdicts(summaries, work)
+    summaries = summarise([Turn(**turn) for turn in document["turns"]], setting.work.tokens, label)
+    held = verdicts(summaries, setting.work)
     rows = {s.row: s for s in summaries}
     lines = []
     for row in (row for row in document["rows"] if row.startswith("ours")):

@@ -9,10 +9,10 @@ from typing import Any
 MATMUL, ATTENTION, OTHER = "matrix multiplications", "attention", "other kernels of the model"
 LOSS, COPIES, SUMS = "softmax and loss", "copies and casts", "sums and scaling"
 NORM, UPDATE, MAKING = "gradient norm", "update", "making and clearing tensors"
-COMM, AUTOGRAD, REST = "communication operators", "autograd's bookkeeping", "other operators"
-WAITING, PYTHON = "waiting, for peers or for a core", "Python and what is no operator"
+COMM, REST = "communication operators", "other operators"
+WAITING, PYTHON = "waiting, for peers or for a core", "Python, hooks and autograd"
 LINES = (
-    MATMUL, ATTENTION, LOSS, OTHER, COPIES, SUMS, NORM, UPDATE, MAKING, COMM, AUTOGRAD, REST, WAITING, PYTHON,
+    MATMUL, ATTENTION, LOSS, OTHER, COPIES, SUMS, NORM, UPDATE, MAKING, COMM, REST, WAITING, PYTHON,
 )  # fmt: skip
 
 # The first whose word is within the name; those of communication first, for they bear names of sums and gathers too.
@@ -46,12 +46,9 @@ _WORDS = (
 
 def kind(name: str, phase: str) -> str:
     """Return the line of an operator; arithmetic of the update is part of it."""
-    # Gradients are accumulated in place of what was there, in no time; hooks in Python run with it.
-    if "AccumulateGrad" in name:
-        return PYTHON
-    # A node of autograd bears the name of what it differentiates: AddmmBackward0.
+    # A node of autograd bears the name of what it differentiates (AddmmBackward0); hooks in Python run within it.
     if "autograd::" in name or "Backward" in name:
-        return AUTOGRAD
+        return PYTHON
     found = next((line for line, words in _WORDS if _is_of(name, words)), REST)
     return UPDATE if found == SUMS and phase == "step" else found
 

@@ -173,10 +173,15 @@ def test_the_overview_has_a_line_for_every_stage_made_from_the_figures(
     assert "checkpoints" in page.splitlines()[-1]
 
 
-def test_figures_without_their_work_are_not_in_the_overview(load: Load, tmp_path: Path) -> None:
+def test_figures_of_other_work_are_not_in_the_overview(load: Load, tmp_path: Path) -> None:
+    other = asdict(load("work").Work(ranks=3))
+    (tmp_path / "step_bf16.json").write_text(json.dumps({"turns": [], "work": other}))
     (tmp_path / "offload.json").write_text(json.dumps({"turns": []}))
 
-    assert "Not measured yet: step_bf16" in load("comparison_index").write_index(tmp_path).read_text()
+    page = load("comparison_index").write_index(tmp_path).read_text()
+
+    assert "Not measured yet: step_bf16" in page
+    assert "offload" in page.splitlines()[-1]
 
 
 def test_a_setting_changes_only_its_work_rows_and_name(load: Load) -> None:
