@@ -13,7 +13,10 @@ from meter import machine
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-RUN_BY_RANKS = ("meter.py", "model.py", "rows.py", "tiers.py", "work.py", "worker.py")
+MEASURING = (
+    "adam_step.py", "checkpoints_worker.py", "import_time.py", "meter.py", "model.py", "overhead_worker.py", "rows.py",
+    "tiers.py", "work.py", "worker.py",
+)  # fmt: skip
 
 
 def header(note: str = "") -> dict[str, Any]:
@@ -23,10 +26,10 @@ def header(note: str = "") -> dict[str, Any]:
 
 
 def source() -> str:
-    """Name what is measured: a digest of the package and of what the benchmarks' ranks run."""
+    """Name what is measured: a digest of the package and of what measures it in the suite."""
     digest = hashlib.sha256()
-    package, benchmarks = HERE.parent / "deepspeed", [HERE / name for name in RUN_BY_RANKS]
-    for path in [*sorted(package.rglob("*.py")), *benchmarks, *sorted(HERE.glob("*_worker.py"))]:
+    package = sorted((HERE.parent / "deepspeed").rglob("*.py"))
+    for path in [*package, *(HERE / name for name in MEASURING)]:
         digest.update(f"{path.relative_to(HERE.parent)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

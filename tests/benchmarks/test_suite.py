@@ -105,6 +105,27 @@ def test_a_suite_goes_on_where_it_stopped(load: Load, runs: list[tuple[str, str]
     assert run("--pairs", "2", "--note", "on another day") == 2 * 6
 
 
+def test_rows_of_the_same_work_start_alike_in_processes_of_their_own(load: Load, tmp_path: Path) -> None:
+    model, work = load("model"), load("work")
+    shape = model.Shape(layers=1, dim=16, heads=2, seq=4, vocab=11, batch=2)
+    options = load("comparison_options").Options(
+        work=work.Work(shape=shape, precision="fp32", accumulation=2), steps=2, warmup=1, swap=tmp_path
+    )
+    run_row = load("compare").run_row
+
+    ours = run_row(options, "ours:2", "worker.py")
+    compute = run_row(options, "compute", "profile_worker.py")
+
+    (batch, other), (mine, theirs) = model.batches(shape, 0, 2), model.batches(shape, 1, 2)
+    first = sum(model.build_model(shape)(*each).item() for each in (batch, other, mine, theirs)) / 4
+    assert [rank["losses"][0] for rank in ours] == pytest.approx([first] * 2, abs=1e-5)
+    for rank in compute:
+        lines = load("profile_kinds").by_line(rank)
+        assert lines["matrix multiplications"]["forward"] > 0
+        assert rank["calls"]["backward"]["aten::mm"] >= 1
+        assert rank["faults"] >= 0
+
+
 def test_figures_of_other_sources_or_another_machine_are_measured_anew(load: Load) -> None:
     is_current, head = load("suite").is_current, load("results").header()
     busier = {**head, "machine": {**head["machine"], "load_before": 99.0}, "date": "then"}
