@@ -616,3 +616,15 @@ def test_nothing_is_printed_on_a_quiet_run():
         engine, *_ = deepspeed.initialize(model=nn.Linear(3, 2), config=linear_config())
         train_one_step(engine)
     assert text.getvalue() == ""
+
+
+@on_ranks(1)
+def test_a_module_given_to_the_engine_is_registered_in_place_of_a_number():
+    engine, *_ = deepspeed.initialize(model=make_toy(), config=config_for(0, "fp32", 1, 0.0))
+    engine.extra = 1
+    engine.extra = 2
+    assert engine.extra == 2
+    engine.extra = nn.Linear(1, 1)
+    assert "extra" in dict(engine.named_children())
+    engine.extra = None
+    assert engine.extra is None
