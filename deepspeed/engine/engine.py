@@ -377,7 +377,7 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         return self._zero, self._reducer
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a counter or flag that is there without asking, as torch does, whether it is a parameter: several a step."""
+        """Set a counter or flag that is there without asking, as torch does, whether it is a parameter."""
         if name in self.__dict__ and not isinstance(value, (nn.Module, Tensor)):
             self.__dict__[name] = value
         else:
