@@ -299,19 +299,18 @@ class Unit:
         if len(self.params) == 1 and not self.held.reads_alone:
             out.copy_(self.views(self._gathered())[0])
             return
-        near = self.sharding.hold_group
-        whole = torch.empty(self.layout.numels[index], dtype=self.flat.dtype, device=self.flat.device)
-        for chunk in range(self.layout.ranks):
+        near, alone = self.sharding.hold_group, self.held.reads_alone
+        whole = self.flat.new_zeros(self.layout.numels[index])
+        for chunk in range(0 if alone else near.rank, self.layout.ranks, 1 if alone else near.size):
             row, rank = divmod(chunk, near.size)
             for piece in self.layout.pieces(chunk):
-                if piece.index != index:
-                    continue
-                part = whole[piece.param_start : piece.param_stop]
-                if rank == near.rank or self.held.reads_alone:
+                if piece.index == index:
+                    part = whole[piece.param_start : piece.param_stop]
                     self.held.read(rank, row * self.layout.chunk + piece.shard_start, part)
-                if not self.held.reads_alone:
-                    src = near.members[rank]
-                    comm.broadcast(part, src, group=near.process_group, label=self.names[index])
+        if (
+            not alone and whole.numel() > 0
+        ):  # all others have zeros where a rank has its bytes: the sum is exact
+            comm.all_reduce(whole.view(torch.uint8), group=near.process_group, label=self.names[index])
         out.copy_(whole.view(out.shape))
 
     def _gathered(self) -> Tensor:

@@ -7,10 +7,14 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from collectives import gathers_are_collectives
 from harness import run_on_ranks
 from torch import nn
+from training import config_for
 from twins import Twins, data, refused, seeded
 
+import deepspeed
+from deepspeed.comm import comms_logger
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -364,3 +368,28 @@ def resized():
 
 def test_a_parameter_of_another_size_is_refused():
     run_on_ranks(2, resized)
+
+
+def one_of_several():
+    """Ask for a parameter of a unit with more; values that addition could change are among them."""
+    config = config_for(3, "fp32", 1, 0.0)
+    model = seeded(3, lambda: nn.Sequential(nn.ModuleDict({name: nn.Linear(40, 40) for name in "abc"})))
+    weight = model[0]["b"].weight
+    with torch.no_grad():
+        weight[:, ::2], weight[:, 1] = -0.0, float("nan")
+    expected = weight.detach().clone()
+    with gathers_are_collectives():
+        engine = deepspeed.initialize(model=model, config=config)[0]
+    comms_logger.configure(enabled=True)
+    with GatheredParameters(weight, modifier_rank=0):
+        calls = {op: tally.count for (op, size), tally in comms_logger.tallies.items() if size > 4}
+        assert torch.equal(weight.view(torch.int32), expected.view(torch.int32))
+    comms_logger.configure(enabled=False)
+    comms_logger.reset()
+    assert calls == {"all_reduce": 1}
+    engine.destroy()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_one_parameter_of_a_unit_is_read_with_one_collective_and_bit_by_bit(ranks):
+    run_on_ranks(ranks, one_of_several)
