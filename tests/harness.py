@@ -23,6 +23,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import pytest
+
 GRACE_S = 3.0  # how long other ranks may take to finish once one has failed
 
 
@@ -161,6 +163,10 @@ def _run(module: str, name: str, args: tuple, kwargs: dict) -> str | None:
         return None
     except BaseException:  # a rank reports whatever ended it, pytest's own exceptions included
         return traceback.format_exc()
+    finally:
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, pytest.MonkeyPatch):  # the rank's own copy, which nobody else undoes
+                given.undo()
 
 
 _pools: dict[int, _Pool] = {}

@@ -76,9 +76,12 @@ def all_reduce(
 ) -> Any:
     """Reduce `tensor` over the ranks of `group`, in place; returns a Work when `async_op`, else None."""
     links, what = _links_for(tensor, op, group), words("all_reduce", tensor.numel(), tensor.dtype, label)
-    if links is not None and tensor.numel() <= shared.SMALL:
-        return complete(shared.SumWhole(links, tensor.view(-1), op, what), async_op)
-    return by_torch(what, group, dist.all_reduce, tensor, op=op, async_op=async_op)
+    if links is None or (async_op and tensor.numel() > shared.SMALL and links.size > shared.FEW):
+        return by_torch(what, group, dist.all_reduce, tensor, op=op, async_op=async_op)
+    flat = tensor.view(-1)
+    if tensor.numel() <= shared.SMALL or async_op:
+        return complete(shared.SumWhole(links, flat, op, what), async_op)
+    return complete(shared.ReduceEverywhere(links, flat, [flat], op, what), async_op)
 
 
 @logged("reduce_scatter_single", lambda output, parts, *_, **__: numel_of(parts) * output.element_size())

@@ -38,6 +38,9 @@ from torch import Tensor
 from deepspeed.comm.calls import LONGEST, disagreement, here, readable
 from deepspeed.errors import CommunicationError
 
+SWITCH = "DEEPSPEED_SHARED_MEMORY"
+"""Environment variable; ``0`` on any rank leaves all traffic on the CPU to gloo."""
+
 SIGNAL = struct.Struct("<cQQQ")  # kind, number of the call, room, bytes of the room; then the call's words
 READY, DONE, SHARE, NOTE, PLACE = b"r", b"d", b"s", b"n", b"p"
 LOOK = 1000  # milliseconds between two looks at how long a wait lasts
@@ -141,7 +144,13 @@ class Links:
             CommunicationError: a peer is gone, makes another call, or did not come in time.
         """
         self._wait_for(peer, call)
-        return self._announced.pop((peer, call))
+        room = self._announced.pop((peer, call), None)
+        if room is None:  # a tensor that is not contiguous, say, goes through gloo
+            raise CommunicationError(
+                f"rank {self.names[peer]} makes {self.doing(call)} with tensors of another kind than rank "
+                f"{self.names[self.rank]}{here()}; give contiguous tensors of one dtype on the CPU on every rank"
+            )
+        return room
 
     def begun(self, call: int) -> None:
         """Wait until every peer has begun this call (CommunicationError: as in `awaited`)."""
@@ -333,6 +342,8 @@ def _connect(group: Any) -> Links | None:
 
 
 def _listen(size: int) -> socket.socket | None:
+    if os.environ.get(SWITCH, "1") == "0":
+        return None
     if not sys.platform.startswith("linux") or not hasattr(os, "memfd_create"):
         return None
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -17,6 +17,7 @@ from deepspeed.comm.calls import words
 from deepspeed.comm.collectives import by_torch, complete
 from deepspeed.comm.links import Links, links_of
 from deepspeed.comm.log import logged, nbytes, total_nbytes
+from deepspeed.errors import UsageError
 
 
 def get_local_rank() -> int:
@@ -98,10 +99,30 @@ def all_to_all_single(
     async_op: bool = False,
 ) -> Any:
     """Send a chunk of `input` to each rank and collect theirs in `output`."""
-    sizes = (output_split_sizes, input_split_sizes)
-    return by_torch(
-        words("all_to_all_single"), group, dist.all_to_all_single, output, input, *sizes, async_op=async_op
+    what, sizes = words("all_to_all_single"), (output_split_sizes, input_split_sizes)
+    links = (
+        links_of(group) if direct.is_direct(group, output, input) and output.dtype == input.dtype else None
     )
+    if links is None or output.dim() == 0:
+        return by_torch(what, group, dist.all_to_all_single, output, input, *sizes, async_op=async_op)
+    received = _chunks_of(output, output_split_sizes, links.size, "output")
+    sent = _chunks_of(input, input_split_sizes, links.size, "input")
+    return complete(shared.Exchange(links, received, sent, what), async_op)
+
+
+def _chunks_of(tensor: Tensor, rows: Sequence[int] | None, world: int, name: str) -> Sequence[Tensor]:
+    """Cut a tensor into flat chunks of so many rows for each rank, or equal ones."""
+    length = tensor.shape[0]
+    if not rows and length % world == 0:
+        rows = [length // world] * world
+    if not rows or len(rows) != world or sum(rows) != length:
+        raise UsageError(
+            f"all_to_all_single: expected {name}_split_sizes for {world} ranks that add up to the {length} rows of "
+            f"{name}, got {list(rows or [])}; without them the rows are shared equally, if they can be"
+        )
+    width = tensor.numel() // length if length else 0
+    chunks: Sequence[Tensor] = tensor.view(-1).split([one * width for one in rows])
+    return chunks
 
 
 @logged("all_to_all", lambda outputs, inputs, *_, **__: total_nbytes(inputs))
@@ -109,7 +130,11 @@ def all_to_all(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], group: Any = None, async_op: bool = False
 ) -> Any:
     """Send one tensor of `inputs` to each rank and collect theirs in `outputs`."""
-    what = words("all_to_all")
+    what, dtypes = words("all_to_all"), {one.dtype for one in (*outputs, *inputs)}
+    links = links_of(group) if direct.is_direct(group, *outputs, *inputs) and len(dtypes) == 1 else None
+    if links is not None and len(outputs) == len(inputs) == links.size:
+        sent = [one.view(-1) for one in inputs]
+        return complete(shared.Exchange(links, [one.view(-1) for one in outputs], sent, what), async_op)
     return by_torch(what, group, dist.all_to_all, list(outputs), list(inputs), async_op=async_op)
 
 

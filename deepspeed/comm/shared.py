@@ -8,8 +8,9 @@ Note [Reading where it was written]
 
         reduce-scatter   write everybody else's chunks | sum my chunk from all rooms
         all-gather       write my chunk                | copy theirs
-        all-reduce       of a small tensor: write it, sum it from all rooms
+        all-reduce       of a small tensor, or among few ranks: write it, sum it from all rooms
         broadcast        the source writes         | the others copy
+        all-to-all       write what is for others  | copy what is for me
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from torch import Tensor
 from deepspeed.comm.links import Links
 from deepspeed.comm.parts import cut, laid_out, numel_of
 from deepspeed.comm.summing import reduce_parts
+from deepspeed.errors import CommunicationError
 
 SMALL = 2**14  # elements up to which an all-reduce is one exchange
+FEW = 4  # ranks up to which it is one where nobody has promised to wait in the same order on every rank
 PIECE = 2**22  # bytes of a broadcast that one room holds, or more, so that there are at most
 PIECES = 32  # signals, which a socket keeps for a peer that does not read them yet
 
@@ -135,7 +138,7 @@ class Reduce(SharedWork):
 
 
 class SumWhole(SharedWork):
-    """Reduce a small tensor on every rank, in place."""
+    """Reduce a tensor (flat) in place in one exchange: every rank sums everything."""
 
     def __init__(self, links: Links, tensor: Tensor, op: Any, what: bytes = b"") -> None:
         super().__init__(links, [tensor], what)
@@ -166,6 +169,42 @@ class Broadcast(SharedWork):
         room = links.awaited(self._source, self._call)
         piece.copy_(room.view(piece.numel(), piece.dtype))
         links.done(self._call, self._source)
+
+
+class Exchange(SharedWork):
+    """Give every rank its tensor of `inputs` and collect theirs in `outputs`: flat, of one dtype, by rank.
+
+    Ranks know only what they send and what they expect, so a room begins with a table: elements for each rank.
+    """
+
+    def __init__(
+        self, links: Links, outputs: Sequence[Tensor], inputs: Sequence[Tensor], what: bytes = b""
+    ) -> None:
+        self._outputs, me = outputs, links.rank
+        with torch.no_grad():
+            outputs[me].copy_(inputs[me])
+        numels = [0 if rank == me else one.numel() for rank, one in enumerate(inputs)]
+        table = torch.tensor(numels + [0] * (links.size % 2))  # data begins on 16 bytes
+        others = [one for rank, one in enumerate(inputs) if rank != me]
+        super().__init__(links, [one.view(torch.uint8) for one in (table, *others)], what)
+
+    def _finish(self) -> None:
+        links, dtype = self._links, self._outputs[0].dtype
+        for rank, output in enumerate(self._outputs):
+            if rank == links.rank:
+                continue
+            room = links.awaited(rank, self._call)
+            numels = room.view(links.size, torch.int64).tolist()
+            found, expected = numels[links.rank], output.numel()
+            if found != expected:
+                sender, receiver = links.names[rank], links.names[links.rank]
+                raise CommunicationError(
+                    f"all_to_all: rank {sender} sends {found} elements to rank {receiver}, which expects {expected}; "
+                    "the split sizes of both must agree"
+                )
+            begin = (links.size + links.size % 2) * 8 // dtype.itemsize + sum(numels[: links.rank])
+            output.copy_(room.view(begin + found, dtype)[begin:])
+        links.done(self._call)
 
 
 class ReduceEverywhere(dist.Work):

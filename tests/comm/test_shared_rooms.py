@@ -13,9 +13,9 @@ from harness import on_ranks
 
 from deepspeed import comm
 from deepspeed.comm import collectives, shared
-from deepspeed.comm.links import Links, links_of
+from deepspeed.comm.links import SWITCH, Links, links_of
 from deepspeed.comm.summing import BLOCK
-from deepspeed.errors import CommunicationError
+from deepspeed.errors import CommunicationError, UsageError
 
 SIZES = [1, 5, shared.SMALL, shared.SMALL + 1, 3 * BLOCK + 7]
 
@@ -258,3 +258,81 @@ def test_parts_of_a_small_message_may_be_empty():
     tensor = torch.empty(3)
     comm.start_all_reduce(tensor, [torch.ones(1), torch.empty(0), torch.full((2,), 2.0)]).wait()
     assert tensor.tolist() == [2, 4, 4]
+
+
+@pytest.mark.parametrize("async_op", [False, True], ids=["at once", "later"])
+@pytest.mark.parametrize("op", ["SUM", "AVG", "MAX", "MIN"])
+@on_ranks(3)
+def test_a_large_all_reduce_is_exact_in_rank_order_under_torchs_own_name(monkeypatch, op, async_op):
+    monkeypatch.setattr(dist, "all_reduce", None)  # gloo's is not asked
+    rows = torch.stack([torch.randn(100_003, generator=torch.Generator().manual_seed(r)) for r in range(3)])
+    total = rows[0] + rows[1] + rows[2]
+    expected = {"SUM": total, "AVG": total / 3, "MAX": rows.amax(0), "MIN": rows.amin(0)}[op]
+    tensor = rows[dist.get_rank()].clone()
+    work = comm.all_reduce(tensor, getattr(dist.ReduceOp, op), async_op=async_op)
+    if async_op:
+        comm.barrier()  # waiting takes no part of the peers
+        assert work.wait()
+    assert torch.equal(tensor, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64, torch.bool, torch.complex128], ids=str)
+@on_ranks(3)
+def test_all_to_all_gives_every_rank_its_rows(dtype):
+    rank = dist.get_rank()
+    # Rank r sends r + to + 1 rows of two to rank `to`: their values say who sent what to whom.
+    sent = [torch.full((rank + to + 1, 2), 10 * rank + to).to(dtype) for to in range(3)]
+    expected = [torch.full((rank + source + 1, 2), 10 * source + rank).to(dtype) for source in range(3)]
+    sizes = [len(one) for one in expected], [len(one) for one in sent]
+    output = torch.empty(sum(sizes[0]), 2, dtype=dtype)
+    comm.all_to_all_single(output, torch.cat(sent), *sizes)
+    assert torch.equal(output, torch.cat(expected))
+    outputs = [torch.empty_like(one) for one in expected]
+    work = comm.all_to_all(outputs, sent, async_op=True)
+    comm.barrier()
+    assert work.wait()
+    assert all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True))
+
+
+@on_ranks(2)
+def test_all_to_all_without_sizes_shares_the_rows_equally():
+    output = torch.empty(4)
+    comm.all_to_all_single(output, torch.arange(4.0) + 10 * dist.get_rank())
+    assert output.tolist() == [[0, 1, 10, 11], [2, 3, 12, 13]][dist.get_rank()]
+
+
+@on_ranks(2)
+def test_sizes_that_do_not_fit_are_refused_by_name():
+    with pytest.raises(
+        UsageError, match=r"input_split_sizes for 2 ranks that add up to the 3 rows .* got \[1, 1\]"
+    ):
+        comm.all_to_all_single(torch.empty(3), torch.empty(3), [1, 2], [1, 1])
+    with pytest.raises(UsageError, match="output_split_sizes"):
+        comm.all_to_all_single(torch.empty(3), torch.empty(2))
+
+
+def test_a_peer_that_sends_other_sizes_than_expected_is_named(linked_pair):
+    ours, theirs = linked_pair
+    work = shared.Exchange(ours, [torch.empty(1), torch.empty(3)], [torch.empty(1), torch.empty(2)])
+    shared.Exchange(theirs, [torch.empty(2), torch.empty(1)], [torch.empty(1), torch.empty(1)])
+    with pytest.raises(CommunicationError, match="rank 1 sends 1 elements to rank 0, which expects 3"):
+        work.wait()
+
+
+def test_a_peer_whose_tensor_went_another_way_is_named(linked_pair):
+    ours, theirs = linked_pair
+    work = shared.Gather(ours, [torch.empty(2), torch.empty(2)], torch.zeros(2))
+    theirs.note(b"")
+    with pytest.raises(CommunicationError, match="with tensors of another kind than rank 0"):
+        work.wait()
+
+
+@on_ranks(2)
+def test_shared_memory_can_be_switched_off_on_any_rank(monkeypatch):
+    if dist.get_rank() == 1:
+        monkeypatch.setenv(SWITCH, "0")
+    group = dist.new_group([0, 1])
+    assert links_of(group) is None
+    tensor = torch.ones(50_000)
+    comm.all_reduce(tensor, group=group)
+    assert tensor.eq(2).all()
