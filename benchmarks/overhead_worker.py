@@ -16,16 +16,17 @@ from meter import write_record
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-WIDTH, LAYERS, BATCH, LR = 64, 4, 8, 1e-3
+WIDTH, BATCH, LR = 64, 8, 1e-3
+LAYER = WIDTH * WIDTH + WIDTH  # elements
 CHECK = 20
 
 
 class MLP(nn.Module):
-    """Four layers of width 64 and a mean squared error."""
+    """Layers of width 64 and a mean squared error."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(layers))
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """Loss for `x` and `target`, both (batch, 64)."""
@@ -34,15 +35,15 @@ class MLP(nn.Module):
         return F.mse_loss(x, target)
 
 
-def build_model() -> MLP:
+def build_model(layers: int) -> MLP:
     """Build the model, always the same."""
     torch.manual_seed(0)
-    return MLP()
+    return MLP(layers)
 
 
-def bare_loop() -> Callable[[Tensor, Tensor], Tensor]:
+def bare_loop(layers: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Make the training step everybody would write by hand."""
-    model = build_model()
+    model = build_model(layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
 
     def step(x: Tensor, target: Tensor) -> Tensor:
@@ -55,17 +56,18 @@ def bare_loop() -> Callable[[Tensor, Tensor], Tensor]:
     return step
 
 
-def engine_loop(stage: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Make the same step with a DeepSpeed engine, in fp32."""
+def engine_loop(stage: int, layers: int, together: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Make the same step with a DeepSpeed engine, in fp32; `together` layers are reduced at a time, 0: the default."""
     import deepspeed
 
-    model = build_model()
+    model = build_model(layers)
+    bucket = {"reduce_bucket_size": together * LAYER} if together else {}
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=list(model.parameters()),
         config={
             "train_micro_batch_size_per_gpu": BATCH,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {"stage": stage, **bucket},
             "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.0}},
         },
     )
@@ -98,6 +100,8 @@ def main() -> None:
     """Alternate the two loops and write the seconds a step of every turn."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stage", type=int, required=True)
+    parser.add_argument("--layers", type=int, required=True)
+    parser.add_argument("--together", type=int, required=True, help="layers that are reduced at a time")
     parser.add_argument("--turns", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -108,7 +112,8 @@ def main() -> None:
 
     deepspeed.init_distributed(dist_backend="gloo")
     batch = (torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH))
-    loops = {"bare": bare_loop(), "engine": engine_loop(options.stage)}
+    engine = engine_loop(options.stage, options.layers, options.together)
+    loops = {"bare": bare_loop(options.layers), "engine": engine}
     # After as many steps on the same batch both must stand at the same loss.
     losses = {name: train(loop, batch, CHECK) for name, loop in loops.items()}
     for loop in loops.values():
