@@ -26,6 +26,14 @@ MPI_NAMES = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 )
 
+HOST_SIZES = (
+    "LOCAL_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALNRANKS",
+)
+"""How many ranks the launcher has started on this host."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -126,6 +134,20 @@ def current_place(
         if place is not None:
             place.export(environ)
     return place or Place()
+
+
+def fair_threads(environ: Mapping[str, str], threads: int, processors: int) -> int:
+    """Return how many threads a rank should use, so that the ranks of its host do not crowd each other out.
+
+    Args:
+        environ: where the launcher says how many ranks share the host, and the user how many threads each has.
+        threads: what the rank uses now.
+        processors: of the host.
+    """
+    if "OMP_NUM_THREADS" in environ or "MKL_NUM_THREADS" in environ:
+        return threads
+    ranks = max(number(environ, name, 1) for name in HOST_SIZES)
+    return threads if threads * ranks <= processors else max(1, processors // ranks)
 
 
 def number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -6,12 +6,20 @@ import os
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.comm.environment import Place, current_place, from_mpi, given_place, number
+from deepspeed.comm.environment import (
+    Place,
+    current_place,
+    fair_threads,
+    from_mpi,
+    given_place,
+    number,
+)
 from deepspeed.comm.log import configure
-from deepspeed.common.logging import log_dist
+from deepspeed.common.logging import announce, log_dist
 from deepspeed.errors import CommunicationError, ConfigError, UsageError
 
 DEFAULT_PORT = 29500
@@ -54,6 +62,7 @@ def init_distributed(
     else:
         place = current_place(distributed_port, mpi=auto_mpi_discovery)
     _start(backend, place, timeout or default_timeout(), init_method)
+    _share_processors()
     if verbose:
         log_dist(f"torch.distributed: {place.world_size} ranks, backend {backend}", ranks=[0])
 
@@ -128,6 +137,18 @@ def _start(backend: str, place: Place, timeout: timedelta, init_method: str | No
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise _explained(error, place, init_method) from error
+
+
+def _share_processors() -> None:
+    """Take no more threads than this rank's share of the host, unless the user has chosen."""
+    before = torch.get_num_threads()
+    threads = fair_threads(os.environ, before, os.cpu_count() or 1)
+    if threads < before:
+        torch.set_num_threads(threads)
+        announce(
+            f"threads of a rank: {threads} instead of {before}, because its host has other ranks; "
+            "set OMP_NUM_THREADS to choose"
+        )
 
 
 def _rendezvous(place: Place) -> str:

@@ -20,6 +20,7 @@ def numel_of(parts: Sequence[Tensor]) -> int:
     return sum(part.numel() for part in parts)
 
 
+@torch.no_grad()
 def laid_out(parts: Sequence[Tensor], out: Tensor) -> Tensor:
     """Fill `out` (flat) with the parts (flat, of any dtype), one after the other, and return it."""
     places = out.split([part.numel() for part in parts])

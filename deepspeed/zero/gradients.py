@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepspeed import comm
-from deepspeed.zero.landed import GradientInMemory, LandedGradient
+from deepspeed.zero.landed import GradientInMemory, LandedGradient, add_to
 from deepspeed.zero.unit import Unit
 
 
@@ -55,7 +55,8 @@ class UnitGradients:
             self._local = comm.laid_out(self._parts(found), local)
         elif found:
             views = self.unit.views(self._local)
-            torch._foreach_add_([views[index] for index in found], list(found.values()))
+            for index, grad in found.items():
+                add_to(views[index].view(-1), grad.reshape(-1))
 
     def start_reduce(self) -> None:
         """Start summing the gradients over ranks; zeros where there are none."""

@@ -23,6 +23,10 @@ NORM_PART = 65_536
 """Elements of a shard whose norm is taken at a time on the host."""
 
 
+ADD_PART = 262_144
+"""Elements that are added to a sum at a time on the host."""
+
+
 class LandedGradient(Protocol):
     """A chunk of a gradient, wherever it is kept."""
 
@@ -77,7 +81,7 @@ class GradientInMemory:
             return
         if self.shard.dtype != self._accumulate:
             self.shard = self._widened(self.shard)
-        self.shard.add_(landing)
+        add_to(self.shard, landing)
 
     def _widened(self, narrow: Tensor) -> Tensor:
         return narrow.to(self._accumulate)
@@ -215,6 +219,17 @@ class GradientOnDisk:
 
     def clear(self) -> None:
         self._norms, self.is_empty = [], True
+
+
+def add_to(total: Tensor, more: Tensor) -> None:
+    """Add a tensor (flat) to a wider one in place.
+
+    On the host in parts that fit the cache: there torch widens a whole 16-bit tensor in memory before it adds it.
+    """
+    if total.device.type != "cpu" or total.dtype == more.dtype:
+        total.add_(more)
+    else:
+        torch._foreach_add_(total.split(ADD_PART), more.split(ADD_PART))
 
 
 def norms_of(shard: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ import pytest
 from harness import free_port, on_ranks
 
 from deepspeed import comm
-from deepspeed.comm.environment import Place, current_place, from_mpi
+from deepspeed.comm.environment import Place, current_place, fair_threads, from_mpi
 from deepspeed.comm.init import default_timeout
 from deepspeed.errors import CommunicationError, ConfigError, UsageError
 
@@ -244,3 +244,33 @@ def test_mpi_discovery_outside_mpi_is_explained(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(CommunicationError, match="mpi_discovery: expected to run under mpirun"):
         comm.mpi_discovery()
+
+
+@pytest.mark.parametrize(
+    ("environ", "threads"),
+    [
+        ({}, 8),
+        ({"LOCAL_WORLD_SIZE": "4"}, 2),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, 2),
+        ({"MPI_LOCALNRANKS": "16"}, 1),
+        ({"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "8"}, 8),
+        ({"LOCAL_WORLD_SIZE": "4", "MKL_NUM_THREADS": "5"}, 8),
+    ],
+    ids=str,
+)
+def test_ranks_of_a_host_share_its_processors_unless_the_user_has_chosen(environ, threads):
+    assert fair_threads(environ, threads=8, processors=8) == threads
+
+
+def test_threads_that_a_launcher_has_bound_to_fewer_processors_stay():
+    assert fair_threads({"LOCAL_WORLD_SIZE": "4"}, threads=2, processors=8) == 2
+
+
+def test_a_rank_that_takes_fewer_threads_says_so_once():
+    script = (
+        "import os; os.environ.pop('OMP_NUM_THREADS', None); import torch; torch.set_num_threads(64)\n"
+        "from deepspeed import comm; comm.init_distributed(); print(torch.get_num_threads())"
+    )
+    done = run(script, OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="1", OMPI_COMM_WORLD_LOCAL_SIZE="1000")
+    assert done.stdout.splitlines()[-1] == "1", done.stderr
+    assert (done.stdout + done.stderr).count("set OMP_NUM_THREADS to choose") == 1
