@@ -181,8 +181,10 @@ class Exchange(SharedWork):
         self, links: Links, outputs: Sequence[Tensor], inputs: Sequence[Tensor], what: bytes = b""
     ) -> None:
         self._outputs, me = outputs, links.rank
-        with torch.no_grad():
-            outputs[me].copy_(inputs[me])
+        self._kept = inputs[me].numel()
+        if self._kept == outputs[me].numel():
+            with torch.no_grad():
+                outputs[me].copy_(inputs[me])
         numels = [0 if rank == me else one.numel() for rank, one in enumerate(inputs)]
         table = torch.tensor(numels + [0] * (links.size % 2))  # data begins on 16 bytes
         others = [one for rank, one in enumerate(inputs) if rank != me]
@@ -190,21 +192,26 @@ class Exchange(SharedWork):
 
     def _finish(self) -> None:
         links, dtype = self._links, self._outputs[0].dtype
+        self._compare(links.rank, self._kept)
         for rank, output in enumerate(self._outputs):
             if rank == links.rank:
                 continue
             room = links.awaited(rank, self._call)
             numels = room.view(links.size, torch.int64).tolist()
-            found, expected = numels[links.rank], output.numel()
-            if found != expected:
-                sender, receiver = links.names[rank], links.names[links.rank]
-                raise CommunicationError(
-                    f"all_to_all: rank {sender} sends {found} elements to rank {receiver}, which expects {expected}; "
-                    "the split sizes of both must agree"
-                )
+            found = numels[links.rank]
+            self._compare(rank, found)
             begin = (links.size + links.size % 2) * 8 // dtype.itemsize + sum(numels[: links.rank])
             output.copy_(room.view(begin + found, dtype)[begin:])
         links.done(self._call)
+
+    def _compare(self, rank: int, found: int) -> None:
+        expected = self._outputs[rank].numel()
+        if found != expected:
+            sender, receiver = self._links.names[rank], self._links.names[self._links.rank]
+            raise CommunicationError(
+                f"all_to_all: rank {sender} sends {found} elements to rank {receiver}, which expects {expected}; "
+                "the split sizes of both must agree"
+            )
 
 
 class ReduceEverywhere(dist.Work):

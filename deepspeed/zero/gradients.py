@@ -66,10 +66,10 @@ class UnitGradients:
             parts, self._local = [self._local], None
         else:
             parts = self._parts(self._take_from_autograd())
-            if alone:
+            if alone or self._predivide != 1.0:  # which divides what is wide enough for it
                 parts = [comm.laid_out(parts, self._empty(self.unit.layout.total, self.unit.dtypes.reduce))]
         if self._predivide != 1.0:
-            parts = list(torch._foreach_div(parts, self._predivide))
+            parts[0].div_(self._predivide)
         if alone:  # nothing is sent, so what was accumulated is not rounded
             self._landing = parts[0]
         else:

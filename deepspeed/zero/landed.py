@@ -221,6 +221,7 @@ class GradientOnDisk:
         self._norms, self.is_empty = [], True
 
 
+@torch.no_grad()
 def add_to(total: Tensor, more: Tensor) -> None:
     """Add a tensor (flat) to a wider one in place.
 

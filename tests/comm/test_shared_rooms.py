@@ -357,3 +357,15 @@ def test_shared_memory_can_be_switched_off_on_any_rank(monkeypatch):
     tensor = torch.ones(50_000)
     comm.all_reduce(tensor, group=group)
     assert tensor.eq(2).all()
+
+
+@on_ranks(2)
+def test_a_rank_that_sends_itself_other_sizes_than_it_expects_is_refused():
+    outputs, inputs = [torch.zeros(4), torch.zeros(4)], [torch.ones(4), torch.ones(4)]
+    if dist.get_rank() == 0:
+        inputs[0] = torch.ones(1)
+        with pytest.raises(CommunicationError, match="rank 0 sends 1 elements to rank 0, which expects 4"):
+            comm.all_to_all(outputs, inputs)
+    else:
+        comm.all_to_all(outputs, inputs)
+    comm.barrier()

@@ -527,6 +527,22 @@ def averaged(options, stage):
 
 
 @on_ranks(2)
+def test_gradients_are_divided_before_the_sum_in_the_dtype_that_is_sent():
+    config = linear_config(
+        zero_optimization={"stage": 1},
+        fp16={"enabled": True, "loss_scale": 1.0},
+        communication_data_type="fp32",
+        gradient_predivide_factor=1024.0,
+    )
+    engine, *_ = deepspeed.initialize(model=nn.Linear(3, 2), config=config)
+    before = engine.optimizer.units[0].master.clone()
+    engine.backward(engine(torch.ones(2, 3).half()).float().sum() * 2e-6)  # fp16 has nothing below 6e-8
+    engine.step()
+    assert engine.get_global_grad_norm() > 0
+    assert not torch.equal(engine.optimizer.units[0].master, before)
+
+
+@on_ranks(2)
 def test_sum_reduction_adds_over_ranks():
     config = linear_config(gradient_allreduce_op="sum", gradient_clipping=0.0, zero_optimization={"stage": 2})
     model = nn.Linear(1, 1, bias=False)

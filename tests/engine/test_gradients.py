@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -270,3 +272,17 @@ def test_two_engines_share_one_loss():
         [*first.module.parameters(), *second.module.parameters()], chain.parameters(), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+
+
+@on_ranks(2)
+def test_gradients_with_a_graph_of_their_own_are_accumulated_without_it():
+    config = config_for(1, "bf16", 3, 0.0)
+    engine, *_ = deepspeed.initialize(model=nn.Linear(4, 4), config=config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of create_graph
+        for _ in range(6):
+            engine(torch.ones(2, 4).bfloat16()).float().square().mean().backward(create_graph=True)
+            engine.step()
+            local = [one._local for one in engine._reducer.gradients if one._local is not None]
+            assert not any(one.requires_grad for one in local)
+    assert engine.global_steps == 2
