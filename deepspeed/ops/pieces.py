@@ -17,7 +17,7 @@ CHUNK = 262_144
 calls: Adam on a core with 1 MiB of its own cache takes 17 ms for 16.8M elements in pieces of 65 536, 15.6 in pieces
 of 131 072, and 13.3 from here on."""
 
-SHARED_CHUNK = 8 * CHUNK
+SHARED_CHUNK = 4 * CHUNK
 """Elements per thread where several threads update together: each piece ends with threads waiting for each
 other, which is slow when other processes hold a core, so there are fewer."""
 

@@ -307,9 +307,8 @@ class Unit:
                 if piece.index == index:
                     part = whole[piece.param_start : piece.param_stop]
                     self.held.read(rank, row * self.layout.chunk + piece.shard_start, part)
-        if (
-            not alone and whole.numel() > 0
-        ):  # all others have zeros where a rank has its bytes: the sum is exact
+        if not alone and whole.numel() > 0:
+            # The sum is exact: where a rank has its bytes, all others have zeros.
             comm.all_reduce(whole.view(torch.uint8), group=near.process_group, label=self.names[index])
         out.copy_(whole.view(out.shape))
 
