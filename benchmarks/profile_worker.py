@@ -25,6 +25,7 @@ from worker import draw_steps, parse, run_step, start, versions
 
 PHASES = ("forward", "backward", "step")
 MARK = "phase of a step: "
+UNSEEN = 3  # steps under the profiler that are not counted
 
 
 class OffProcessor:
@@ -47,12 +48,12 @@ def main() -> None:
     options = parse()
     rank = int(os.environ["RANK"])
     work, trainer = start(options)
-    drawn = iter(draw_steps(work, rank, options.warmup + 2 * options.steps + 1))
+    drawn = iter(draw_steps(work, rank, options.warmup + 2 * options.steps + UNSEEN))
     for micro_batches in islice(drawn, options.warmup):
         run_step(trainer, micro_batches)
     record = timed(trainer, list(islice(drawn, options.steps)))
-    # The first step under a profiler takes longer.
-    profiled(trainer, [next(drawn)])
+    # The first steps under a profiler take longer.
+    profiled(trainer, list(islice(drawn, UNSEEN)))
     record |= profiled(trainer, list(drawn))
     record["versions"] = versions(split_row(options.row).kind)
     write_record(options.out, rank, record)
@@ -82,22 +83,26 @@ def timed(trainer: Trainer, steps: list[list[tuple[Tensor, Tensor]]]) -> dict[st
 
 
 def profiled(trainer: Trainer, steps: list[list[tuple[Tensor, Tensor]]]) -> dict[str, Any]:
-    """Run steps under the profiler; seconds and calls of each operator, and what is outside of all, are of a step."""
+    """Run steps under the profiler; seconds and calls of each operator, and what is outside of all, are of a step.
+
+    Each has a profiler of its own: the records of many steps would lie between the blocks of memory that a step
+    uses again, so that it needed new ones.
+    """
     off = OffProcessor()
-    dist.barrier()
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        for micro_batches in steps:
-            run_step(trainer, micro_batches, off.around)
     operators: dict[str, Counter[str]] = {name: Counter() for name in PHASES}
     calls: dict[str, Counter[str]] = {name: Counter() for name in PHASES}
     outside = dict.fromkeys(PHASES, 0.0)
-    for event in seen.events() or ():
-        if event.name.startswith(MARK) and event.cpu_parent is None:
-            phase = event.name.removeprefix(MARK)
-            outside[phase] += event.self_cpu_time_total / 1e6
-            for inner in descendants(event):
-                operators[phase][inner.name] += inner.self_cpu_time_total / 1e6
-                calls[phase][inner.name] += 1
+    for micro_batches in steps:
+        dist.barrier()
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            run_step(trainer, micro_batches, off.around)
+        for event in seen.events() or ():
+            if event.name.startswith(MARK) and event.cpu_parent is None:
+                phase = event.name.removeprefix(MARK)
+                outside[phase] += event.self_cpu_time_total / 1e6
+                for inner in descendants(event):
+                    operators[phase][inner.name] += inner.self_cpu_time_total / 1e6
+                    calls[phase][inner.name] += 1
     count = len(steps)
     return {
         "operators": {phase: {n: s / count for n, s in each.items()} for phase, each in operators.items()},
