@@ -56,7 +56,8 @@ class Room:
     def __init__(self, fd: int, nbytes: int, index: int) -> None:
         self.nbytes, self.index = nbytes, index
         self._mapping = mmap.mmap(fd, nbytes)
-        self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        with torch.inference_mode(False):  # it outlives the call in which it is made
+            self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self.readers: set[int] = set()
 
     def view(self, numel: int, dtype: torch.dtype) -> Tensor:

@@ -49,7 +49,7 @@ class SharedWork(dist.Work):
         """Block until the result is in place (CommunicationError: a peer is gone or late)."""
         if not self._finished:
             self._finished = True
-            with torch.no_grad():
+            with torch.inference_mode():  # where tensors made in that mode may be written to
                 self._finish()
         return True
 
@@ -180,11 +180,7 @@ class Exchange(SharedWork):
     def __init__(
         self, links: Links, outputs: Sequence[Tensor], inputs: Sequence[Tensor], what: bytes = b""
     ) -> None:
-        self._outputs, me = outputs, links.rank
-        self._kept = inputs[me].numel()
-        if self._kept == outputs[me].numel():
-            with torch.no_grad():
-                outputs[me].copy_(inputs[me])
+        self._outputs, self._own, me = outputs, inputs[links.rank], links.rank
         numels = [0 if rank == me else one.numel() for rank, one in enumerate(inputs)]
         table = torch.tensor(numels + [0] * (links.size % 2))  # data begins on 16 bytes
         others = [one for rank, one in enumerate(inputs) if rank != me]
@@ -192,9 +188,10 @@ class Exchange(SharedWork):
 
     def _finish(self) -> None:
         links, dtype = self._links, self._outputs[0].dtype
-        self._compare(links.rank, self._kept)
+        self._compare(links.rank, self._own.numel())
         for rank, output in enumerate(self._outputs):
             if rank == links.rank:
+                output.copy_(self._own)
                 continue
             room = links.awaited(rank, self._call)
             numels = room.view(links.size, torch.int64).tolist()

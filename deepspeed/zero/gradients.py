@@ -14,6 +14,9 @@ from deepspeed import comm
 from deepspeed.zero.landed import GradientInMemory, LandedGradient, add_to
 from deepspeed.zero.unit import Unit
 
+TINY = 2**12
+"""Elements of a part below which, on average, a copy of all costs less than the calls for each."""
+
 
 class UnitGradients:
     """Collect, reduce and accumulate the gradients of one unit.
@@ -66,7 +69,8 @@ class UnitGradients:
             parts, self._local = [self._local], None
         else:
             parts = self._parts(self._take_from_autograd())
-            if alone or self._predivide != 1.0:  # which divides what is wide enough for it
+            tiny = self.unit.layout.total < len(parts) * TINY
+            if alone or tiny or self._predivide != 1.0:  # which divides what is wide enough for it
                 parts = [comm.laid_out(parts, self._empty(self.unit.layout.total, self.unit.dtypes.reduce))]
         if self._predivide != 1.0:
             parts[0].div_(self._predivide)

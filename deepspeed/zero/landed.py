@@ -41,8 +41,8 @@ class LandedGradient(Protocol):
     def add(self, landing: Tensor) -> None:
         """Take over a reduced gradient and add it to what landed before."""
 
-    def norms(self) -> list[Tensor]:
-        """Return norms (0-dim, fp32) of parts, which together are the whole chunk."""
+    def norms(self, share: int = 0, shares: int = 1) -> list[Tensor]:
+        """Return norms (0-dim, fp32) of parts of the chunk; all shares together are the whole of it."""
 
     def visit(self, start: int, stop: int, *, changed: bool = False) -> Iterator[tuple[int, Tensor]]:
         """Yield a range of the chunk in parts that are in memory: where each begins, and its values.
@@ -86,8 +86,8 @@ class GradientInMemory:
     def _widened(self, narrow: Tensor) -> Tensor:
         return narrow.to(self._accumulate)
 
-    def norms(self) -> list[Tensor]:
-        return [] if self.shard is None else norms_of(self.shard)
+    def norms(self, share: int = 0, shares: int = 1) -> list[Tensor]:
+        return [] if self.shard is None else norms_of(self.shard.tensor_split(shares)[share])
 
     def visit(self, start: int, stop: int, *, changed: bool = False) -> Iterator[tuple[int, Tensor]]:
         if self.shard is not None:
@@ -140,9 +140,9 @@ class GradientOnHost(GradientInMemory):
             self._stream.synchronize()
         self._leaving = None
 
-    def norms(self) -> list[Tensor]:
+    def norms(self, share: int = 0, shares: int = 1) -> list[Tensor]:
         self._arrive()
-        return super().norms()
+        return super().norms(share, shares)
 
     def visit(self, start: int, stop: int, *, changed: bool = False) -> Iterator[tuple[int, Tensor]]:
         self._arrive()
@@ -198,8 +198,8 @@ class GradientOnDisk:
         self._norms[index] = norms_of(total)
         self._tier.put(tile, [total])
 
-    def norms(self) -> list[Tensor]:
-        return [norm for norms in self._norms for norm in norms]
+    def norms(self, share: int = 0, shares: int = 1) -> list[Tensor]:
+        return [norm for norms in self._norms for norm in norms][share::shares]
 
     def visit(self, start: int, stop: int, *, changed: bool = False) -> Iterator[tuple[int, Tensor]]:
         if self.is_empty:

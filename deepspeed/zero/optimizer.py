@@ -357,18 +357,20 @@ class ZeroOptimizer(WrappedOptimizer):
         """Return the norm of the summed gradients, and the parameters that had a gradient on no rank.
 
         One all-reduce carries both, and whether any rank has late gradients; if so, all reduce them and agree
-        again. Whether something is unused needs no look at the device where every parameter was used on this
-        rank: then it was used somewhere.
+        again. Ranks that keep the same gradients share the work of taking their norm. Whether something is unused
+        needs no look at the device where every parameter was used on this rank: then it was used somewhere.
         """
         late = self._reducer.holds_local
-        norms = [norm for gradients in active for norm in gradients.landed.norms()]
+        replicas = active[0].unit.sharding.replica_group
+        norms = [
+            norm for gradients in active for norm in gradients.landed.norms(replicas.rank, replicas.size)
+        ]
         norm = _total_norm(norms, active[0].unit.flat.device)
         used = [flag for gradients in active for flag in gradients.used]
         group = self._data_parallel
         if group.size > 1:
-            replicas = active[0].unit.sharding.replica_group.size
             flags = get_accelerator().send(used, norm.device)
-            parts = [(norm.square() / replicas).reshape(1), norm.new_full((1,), float(late)), flags]
+            parts = [norm.square().reshape(1), norm.new_full((1,), float(late)), flags]
             message = torch.cat(parts)
             comm.all_reduce(message, group=group.process_group, label="norm of the step's gradients")
             norm = message[0].sqrt()
@@ -505,7 +507,7 @@ def _options(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], str]:
 
 def _total_norm(norms: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return the norm of what the parts together are, on the parameters' device."""
-    moved = [norm.to(device) for norm in norms]
+    moved = [norm.to(device) for norm in norms] or [torch.zeros((), device=device)]
     return moved[0] if len(moved) == 1 else torch.linalg.vector_norm(torch.stack(moved))
 
 
