@@ -14,7 +14,7 @@ from deepspeed import comm
 from deepspeed.zero.landed import GradientInMemory, LandedGradient, add_to
 from deepspeed.zero.unit import Unit
 
-TINY = 2**12
+TINY = 2**6
 """Elements of a part below which, on average, a copy of all costs less than the calls for each."""
 
 

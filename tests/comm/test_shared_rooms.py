@@ -369,3 +369,16 @@ def test_a_rank_that_sends_itself_other_sizes_than_it_expects_is_refused():
     else:
         comm.all_to_all(outputs, inputs)
     comm.barrier()
+
+
+@on_ranks(2)
+def test_tensors_of_inference_mode_are_reduced_and_rooms_made_in_it_are_used_after_it():
+    group = dist.new_group([0, 1])  # has no rooms yet
+    with torch.inference_mode():
+        large = torch.full((50_000,), 1.0 + dist.get_rank())
+        comm.all_reduce(torch.ones(70_000), group=group)
+    comm.all_reduce(large, group=group)
+    assert large.eq(3).all()
+    trained = torch.ones(60_000)
+    comm.all_reduce(trained, group=group)
+    assert trained.eq(2).all()

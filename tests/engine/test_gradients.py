@@ -286,3 +286,39 @@ def test_gradients_with_a_graph_of_their_own_are_accumulated_without_it():
             local = [one._local for one in engine._reducer.gradients if one._local is not None]
             assert not any(one.requires_grad for one in local)
     assert engine.global_steps == 2
+
+
+class ManyTiny(nn.Module):
+    """Parameters of a few elements each, which are laid out before they are sent."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ParameterList(torch.linspace(-1, 1, 7) * (index + 1) for index in range(60))
+
+    def forward(self, x):
+        return sum(((part * x) ** 2).mean() for part in self.parts)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@on_ranks(2)
+def test_many_tiny_parameters_train_as_in_plain_torch(stage):
+    model, twin = ManyTiny(), ManyTiny()
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": stage},
+        },
+    )
+    batches = [torch.linspace(0.1, 1, 7) * (rank + 1) for rank in range(2)]
+    plain = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for _ in range(3):
+        engine.backward(engine(batches[dist.get_rank()]))
+        engine.step()
+        plain.zero_grad()
+        (sum(twin(batch) for batch in batches) / 2).backward()
+        plain.step()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
