@@ -16,13 +16,11 @@ import sys
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import argparse
-import ctypes
 import re
 import resource
 import subprocess
 import threading
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,8 @@ from deepspeed.utils import RepeatingLoader
 
 MIB = 2**20
 OUT_OF_MEMORY = 3  # exit code
-M_MMAP_THRESHOLD = -3  # of malloc.h
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
+"""Has glibc give freed blocks of this size back; otherwise they are kept for the next step, and count here."""
 REFUSALS = ("allocate memory", "start new thread")  # the system's, as torch and Python report them
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
@@ -83,7 +82,8 @@ def parse() -> argparse.Namespace:
 
 def again(device: str) -> int:
     """Run this command in a process of its own, which the limit ends with."""
-    return subprocess.run([sys.executable, *sys.argv, "--device", device], check=False).returncode
+    command = [sys.executable, *sys.argv, "--device", device]
+    return subprocess.run(command, env={**os.environ, **GIVEN_BACK}, check=False).returncode
 
 
 def train(args: argparse.Namespace) -> int:
@@ -122,13 +122,8 @@ def build(
 
 
 def warm_up(args: argparse.Namespace, windows: Windows) -> None:
-    """Take a step with a small model, so that all code is loaded and all threads run before memory is counted.
-
-    glibc keeps freed blocks of up to 32 MB for later, which here would count: they are given back instead.
-    """
+    """Take a step with a small model, so that all code is loaded and all threads run before memory is counted."""
     threading.stack_size(MIB)
-    with suppress(AttributeError):  # not glibc: nothing to set
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 * 1024)
     engine, loader = build(Shape(1, 64, heads=8, seq=args.seq), args, windows, "nvme")
     tokens, targets = next(iter(loader))
     engine.backward(engine(tokens, targets))
