@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 Load = Callable[[str], ModuleType]
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Import a benchmark's module; they are scripts, so their folder joins the path for a moment."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 def test_a_step_of_several_micro_batches_averages_their_gradients_and_updates_once(load: Load) -> None:
