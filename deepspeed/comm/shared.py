@@ -182,7 +182,7 @@ class Exchange(SharedWork):
     ) -> None:
         self._outputs, self._own, me = outputs, inputs[links.rank], links.rank
         numels = [0 if rank == me else one.numel() for rank, one in enumerate(inputs)]
-        table = torch.tensor(numels + [0] * (links.size % 2))  # data begins on 16 bytes
+        table = torch.tensor(numels + [0] * (_table_length(links.size) - links.size))
         others = [one for rank, one in enumerate(inputs) if rank != me]
         super().__init__(links, [one.view(torch.uint8) for one in (table, *others)], what)
 
@@ -197,7 +197,7 @@ class Exchange(SharedWork):
             numels = room.view(links.size, torch.int64).tolist()
             found = numels[links.rank]
             self._compare(rank, found)
-            begin = (links.size + links.size % 2) * 8 // dtype.itemsize + sum(numels[: links.rank])
+            begin = _table_length(links.size) * 8 // dtype.itemsize + sum(numels[: links.rank])
             output.copy_(room.view(begin + found, dtype)[begin:])
         links.done(self._call)
 
@@ -209,6 +209,11 @@ class Exchange(SharedWork):
                 f"all_to_all: rank {sender} sends {found} elements to rank {receiver}, which expects {expected}; "
                 "the split sizes of both must agree"
             )
+
+
+def _table_length(size: int) -> int:
+    """Count the numbers of 8 bytes before the data, which begins on 16 bytes for the widest dtype."""
+    return size + size % 2
 
 
 class ReduceEverywhere(dist.Work):
