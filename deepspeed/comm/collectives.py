@@ -16,13 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepspeed.comm import direct, shared
-from deepspeed.comm.calls import guarded, words
-from deepspeed.comm.links import Links, links_of
+from deepspeed.comm import direct, exchanges, shared
+from deepspeed.comm.calls import words
+from deepspeed.comm.links import links_of
 from deepspeed.comm.log import logged, nbytes, total_nbytes
 from deepspeed.comm.parts import cut, laid_out, numel_of
-from deepspeed.comm.summing import is_reducible
-from deepspeed.errors import UsageError
 
 if hasattr(dist, "all_gather_single"):
     _torch_all_gather: Any = dist.all_gather_single
@@ -42,10 +40,10 @@ def all_gather_single(
     Returns a Work when `async_op`, else None.
     """
     what = words("all_gather_single", input.numel(), input.dtype, label)
-    if not direct.is_direct(group, output, input) or output.dtype != input.dtype:
+    work = exchanges.all_gather_single(group, output, input, what)
+    if work is None:
         return by_torch(what, group, _torch_all_gather, output, input, async_op=async_op)
-    chunks = _chunks("all_gather_single", output, input, group)
-    return complete(_gather(chunks, input.view(-1), group, what), async_op)
+    return complete(work, async_op)
 
 
 @logged("reduce_scatter_single", lambda output, input, *_, **__: nbytes(input))
@@ -75,13 +73,11 @@ def all_reduce(
     label: str = "",
 ) -> Any:
     """Reduce `tensor` over the ranks of `group`, in place; returns a Work when `async_op`, else None."""
-    links, what = _links_for(tensor, op, group), words("all_reduce", tensor.numel(), tensor.dtype, label)
-    if links is None or (async_op and tensor.numel() > shared.SMALL and links.size > shared.FEW):
+    what = words("all_reduce", tensor.numel(), tensor.dtype, label)
+    work = exchanges.all_reduce(group, tensor, op, async_op, what)
+    if work is None:
         return by_torch(what, group, dist.all_reduce, tensor, op=op, async_op=async_op)
-    flat = tensor.view(-1)
-    if tensor.numel() <= shared.SMALL or async_op:
-        return complete(shared.SumWhole(links, flat, op, what), async_op)
-    return complete(shared.ReduceEverywhere(links, flat, [flat], op, what), async_op)
+    return complete(work, async_op)
 
 
 @logged("reduce_scatter_single", lambda output, parts, *_, **__: numel_of(parts) * output.element_size())
@@ -94,7 +90,7 @@ def start_reduce_scatter(output: Tensor, parts: Sequence[Tensor], group: Any = N
         group: of ranks.
         label: what is moved, in errors.
     """
-    links = _links_for(output, dist.ReduceOp.SUM, group)
+    links = exchanges.links_for(group, output, dist.ReduceOp.SUM)
     if links is None:
         whole = laid_out(parts, output.new_empty(numel_of(parts)))
         work = _reduce_scatter(output, whole, dist.ReduceOp.SUM, group, True, label)
@@ -124,7 +120,10 @@ def start_all_reduce(
         group: of ranks.
         label: what is moved, in errors.
     """
-    links, what = _links_for(tensor, op, group), words("all_reduce", tensor.numel(), tensor.dtype, label)
+    links, what = (
+        exchanges.links_for(group, tensor, op),
+        words("all_reduce", tensor.numel(), tensor.dtype, label),
+    )
     flat = tensor.view(-1)
     if links is not None and flat.numel() > shared.SMALL:
         return shared.ReduceEverywhere(links, flat, parts or [flat], op, what)
@@ -138,10 +137,10 @@ def start_all_reduce(
 @logged("all_gather", lambda outputs, *_, **__: total_nbytes(outputs))
 def all_gather(outputs: Sequence[Tensor], input: Tensor, group: Any = None, async_op: bool = False) -> Any:
     """Fill `outputs`, one tensor per rank, from every rank's `input`."""
-    if not direct.is_direct(group, input, *outputs) or any(one.shape != input.shape for one in outputs):
+    work = exchanges.all_gather(group, outputs, input, words("all_gather", input.numel(), input.dtype))
+    if work is None:
         return by_torch(words("all_gather"), group, dist.all_gather, list(outputs), input, async_op=async_op)
-    chunks, what = [one.view(-1) for one in outputs], words("all_gather", input.numel(), input.dtype)
-    return complete(_gather(chunks, input.view(-1), group, what), async_op)
+    return complete(work, async_op)
 
 
 @logged("reduce_scatter", lambda output, inputs, *_, **__: total_nbytes(inputs))
@@ -153,16 +152,12 @@ def reduce_scatter(
     async_op: bool = False,
 ) -> Any:
     """Reduce `inputs`, one tensor per rank, and leave this rank's in `output`."""
-    uneven = any(one.shape != output.shape for one in inputs)
-    if uneven or not direct.is_direct(group, output, *inputs) or not is_reducible(output.dtype, op):
-        what = words("reduce_scatter")
+    what = words("reduce_scatter", output.numel(), output.dtype)
+    work = exchanges.reduce_scatter(group, output, inputs, op, async_op, what)
+    if work is None:
+        what = words("reduce_scatter")  # sizes may differ between ranks
         return by_torch(what, group, dist.reduce_scatter, output, list(inputs), op=op, async_op=async_op)
-    chunks, what = [one.view(-1) for one in inputs], words("reduce_scatter", output.numel(), output.dtype)
-    return complete(_reduce(output.view(-1), chunks, op, group, async_op, what), async_op)
-
-
-def _links_for(tensor: Tensor, op: Any, group: Any) -> Links | None:
-    return links_of(group) if direct.is_direct(group, tensor) and is_reducible(tensor.dtype, op) else None
+    return complete(work, async_op)
 
 
 def by_torch(what: bytes, group: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -172,39 +167,22 @@ def by_torch(what: bytes, group: Any, function: Callable[..., Any], *args: Any, 
         what: its words.
         group: of ranks.
         function: torch's; gets `group` too.
-        args: its arguments; peers are told where the first one is a tensor on the host.
+        args: its arguments; peers are told where the first one is a tensor on the host, unless torch's
+            function tells them itself.
         kwargs: more of them.
     """
     tensor = next((one for one in args if isinstance(one, Tensor)), None)
-    links = links_of(group) if tensor is not None and direct.is_on_host(group, tensor) else None
-    if links is not None:
-        links.note(what)
+    tells = tensor is not None and direct.is_on_host(group, tensor) and not direct.is_shared(group)
     start = partial(function, *args, group=group, **kwargs)
-    return guarded(what, start, None if links is None else links.drain)
-
-
-def _gather(chunks: Sequence[Tensor], mine: Tensor, group: Any, what: bytes) -> Any:
-    links = links_of(group)
-    if links is None:
-        return direct.gather(chunks, mine, group, what)
-    return shared.Gather(links, chunks, mine, what)
-
-
-def _reduce(
-    output: Tensor, chunks: Sequence[Tensor], op: Any, group: Any, async_op: bool, what: bytes
-) -> Any:
-    links = links_of(group)
-    if links is None:
-        return direct.ReduceWork(output, chunks, op, group, at_once=async_op, what=what)
-    return shared.Reduce(links, output, [[chunk] for chunk in chunks], op, what, chunks[0].dtype)
+    return exchanges.elsewhere(what, group, links_of(group) if tells else None, start)
 
 
 def _reduce_scatter(output: Tensor, input: Tensor, op: Any, group: Any, async_op: bool, label: str) -> Any:
     what = words("reduce_scatter_single", input.numel(), input.dtype, label)
-    if not direct.is_direct(group, output, input) or not is_reducible(input.dtype, op):
+    work = exchanges.reduce_scatter_single(group, output, input, op, async_op, what)
+    if work is None:
         return _reduce_scatter_by_torch(output, input, op, group, async_op, what)
-    chunks = _chunks("reduce_scatter_single", input, output, group)
-    return complete(_reduce(output.view(-1), chunks, op, group, async_op, what), async_op)
+    return complete(work, async_op)
 
 
 def _reduce_scatter_by_torch(
@@ -223,17 +201,6 @@ def _reduce_scatter_by_torch(
         return direct.DeferredWork([work], what, group, convert)
     convert()
     return None
-
-
-def _chunks(name: str, whole: Tensor, part: Tensor, group: Any) -> tuple[Tensor, ...]:
-    """Cut `whole` into one flat chunk of `part`'s size per rank."""
-    world = dist.get_world_size(group)
-    if whole.numel() != part.numel() * world:
-        raise UsageError(
-            f"{name}: expected {world} (ranks) x {part.numel()} elements, got {whole.numel()}; "
-            "pad the tensor to a multiple of the number of ranks"
-        )
-    return whole.view(-1).chunk(world) if part.numel() else (whole.view(-1),) * world
 
 
 def complete(work: Any, async_op: bool) -> Any:

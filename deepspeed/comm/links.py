@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepspeed.comm.calls import LONGEST, disagreement, here, readable
+from deepspeed.comm.calls import LONGEST, disagreement, guarded, here, readable
 from deepspeed.errors import CommunicationError
 
 SWITCH = "DEEPSPEED_SHARED_MEMORY"
@@ -48,6 +48,8 @@ KEPT = 32  # words of calls to keep before looking which are of use no more
 MANNERS = 2.0  # seconds for a peer that makes another call to say where
 PAGE = mmap.PAGESIZE
 PATIENCE = 60.0  # seconds for all ranks of a group to connect
+FIRST = b"the first call of a group"  # words of what connects them
+OFFER = 256  # bytes of what a rank says then
 
 
 class Room:
@@ -338,17 +340,24 @@ def _connect(group: Any) -> Links | None:
     size = dist.get_world_size(group)
     if size == 1:
         return None
-    listener = _listen(size)
-    offers: list[tuple[str, bytes]] = [("", b"")] * size
-    dist.all_gather_object(offers, (_host(), _address(listener)), group=group)
+    backend = group._get_backend(torch.device("cpu"))
+    listener, rank = _listen(size), dist.get_rank(group)
+    offers = _told(backend, f"{_host()}/{_address(listener)}", size)
+    hosts, names = zip(*(offer.split("/") for offer in offers), strict=True)
     sockets = None
-    if listener is not None and all(offer[1] and offer[0] == offers[0][0] for offer in offers):
-        sockets = _meet(listener, dist.get_rank(group), [address for _, address in offers])
-    everybody = [False] * size
-    dist.all_gather_object(everybody, sockets is not None, group=group)
-    if sockets is None or not all(everybody):
+    if listener is not None and all(names) and len(set(hosts)) == 1:
+        sockets = _meet(listener, rank, names)
+    if not all(_told(backend, "" if sockets is None else "met", size)) or sockets is None:
         return None
-    return Links(dist.get_rank(group), sockets, _timeout_of(group), dist.get_process_group_ranks(group))
+    return Links(rank, sockets, backend.options._timeout, dist.get_process_group_ranks(group))
+
+
+def _told(backend: Any, said: str, size: int) -> list[str]:
+    """Exchange a few words between all ranks, by gloo itself: the group's own functions may want its links."""
+    mine = torch.tensor(list(said.encode().ljust(OFFER)), dtype=torch.uint8, device="cpu")
+    theirs = [torch.empty_like(mine) for _ in range(size)]
+    guarded(FIRST, backend.allgather([theirs], [mine]).wait)
+    return [bytes(one.tolist()).decode().rstrip() for one in theirs]
 
 
 def _listen(size: int) -> socket.socket | None:
@@ -367,20 +376,22 @@ def _listen(size: int) -> socket.socket | None:
     return listener
 
 
-def _address(listener: socket.socket | None) -> bytes:
-    return b"" if listener is None else listener.getsockname()
+def _address(listener: socket.socket | None) -> str:
+    """Return the abstract name of a socket, without the zero that marks it."""
+    name: str = "" if listener is None else listener.getsockname()[1:].decode()
+    return name
 
 
 def _host() -> str:
     """Name what two processes must have in common to reach each other's abstract sockets."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        return f"{boot} {os.stat('/proc/self/ns/net').st_ino} {os.getuid()}"
+        return f"{boot.strip()} {os.stat('/proc/self/ns/net').st_ino} {os.getuid()}"
     except OSError:
         return ""
 
 
-def _meet(listener: socket.socket, rank: int, addresses: list[bytes]) -> dict[int, socket.socket] | None:
+def _meet(listener: socket.socket, rank: int, names: Sequence[str]) -> dict[int, socket.socket] | None:
     """Connect to the lower ranks and let the higher ones connect."""
     sockets = {}
     try:
@@ -388,9 +399,9 @@ def _meet(listener: socket.socket, rank: int, addresses: list[bytes]) -> dict[in
             for peer in range(rank):
                 sockets[peer] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 sockets[peer].settimeout(PATIENCE)
-                sockets[peer].connect(addresses[peer])
+                sockets[peer].connect(f"\0{names[peer]}")
                 sockets[peer].send(rank.to_bytes(8, "little"))
-            while len(sockets) < len(addresses) - 1:
+            while len(sockets) < len(names) - 1:
                 link, _ = listener.accept()
                 link.settimeout(PATIENCE)
                 if _user_of(link) == os.getuid():
@@ -404,9 +415,3 @@ def _user_of(link: socket.socket) -> int:
     credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     user: int = struct.unpack("3i", credentials)[1]
     return user
-
-
-def _timeout_of(group: Any) -> timedelta:
-    backend = group._get_backend(torch.device("cpu"))
-    timeout: timedelta = backend.options._timeout
-    return timeout
