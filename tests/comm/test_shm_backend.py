@@ -242,17 +242,17 @@ def test_calls_by_either_name_are_numbered_together():
 def test_works_may_be_waited_for_in_any_order(monkeypatch):
     rank = dist.get_rank()
 
-    def check(kind):
+    def check(is_exchange):
         tensors = [torch.full((shared.SMALL + 1,), float(one)) for one in range(3)]
         works = [dist.all_reduce(one, async_op=True) for one in tensors]
-        assert all(isinstance(work, kind) for work in works)
+        assert [isinstance(work, backend.ExchangeWork) for work in works] == [is_exchange] * 3
         for one in ((0, 1, 2), (2, 1, 0))[rank]:
             assert works[one].wait()
         assert [one.unique().tolist() for one in tensors] == [[0], [2], [4]]
 
-    check(backend.ExchangeWork)
+    check(is_exchange=True)
     monkeypatch.setattr(shared, "FEW", 1)
-    check(dist.Work)
+    check(is_exchange=False)
 
 
 @on_ranks(2, backend="shm")
@@ -464,7 +464,7 @@ def test_registering_again_is_harmless_and_changes_no_default():
     assert dist.is_backend_available("shm")
 
 
-def test_a_second_backend_beside_it_is_refused(monkeypatch):
+def test_a_second_backend_beside_it_is_refused():
     with pytest.raises(ConfigError, match=r"dist_backend: .*shm.*, got 'cpu:shm,cuda:nccl'"):
         deepspeed.init_distributed(dist_backend="cpu:shm,cuda:nccl")
 
@@ -488,6 +488,14 @@ def is_left_alone(rank, ports):
     where = f"tcp://127.0.0.1:{ports[0]}"
     dist.init_process_group("shm", init_method=where, rank=rank, world_size=2)
     dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(3))
+
+
+def is_left_alone_before_the_first_call(rank, ports):
+    where = f"tcp://127.0.0.1:{ports[0]}"
+    dist.init_process_group("shm", init_method=where, rank=rank, world_size=2)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.all_reduce(torch.ones(3))
@@ -543,11 +551,22 @@ def test_it_ends_with_its_group_and_begins_again_under_each_of_its_names(tmp_pat
         assert end.code == 0, end.said
 
 
-def test_a_rank_that_is_killed_is_named_at_once(tmp_path):
-    left, killed = run_case(is_left_alone, tmp_path)
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        (is_left_alone, "rank 1 ended while rank 0 waited for it in all_reduce of 3"),
+        (
+            is_left_alone_before_the_first_call,
+            "another rank ended or did not come while this one was in the first",
+        ),
+    ],
+    ids=["later", "before"],
+)
+def test_a_rank_that_is_killed_is_missed_at_once(case, said, tmp_path):
+    left, killed = run_case(case, tmp_path)
     assert killed.code == -signal.SIGKILL
     assert left.code == 1
-    assert "CommunicationError: rank 1 ended while rank 0 waited for it in all_reduce of 3" in left.said
+    assert f"CommunicationError: {said}" in left.said
 
 
 def test_ranks_that_wait_in_two_groups_for_each_other_say_so(tmp_path):

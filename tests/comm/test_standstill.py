@@ -5,10 +5,13 @@ import os
 import sys
 import threading
 
+import torch.distributed as dist
 from harness import on_ranks
 from toys import make_toy
 
 import deepspeed
+from deepspeed import comm
+from deepspeed.comm import links
 from deepspeed.comm.standstill import Wait, stuck, waiting, watch
 
 HERE, THERE = Wait("barrier", (0, 1, 2)), Wait("all_reduce", (0, 1, 2))
@@ -39,6 +42,19 @@ def test_a_circle_over_groups_is_stuck():
 
 def test_who_computes_does_not_wait():
     assert waiting(sys._getframe()) is None
+
+
+@on_ranks(2)
+def test_ranks_that_connect_wait_for_each_other(monkeypatch):
+    told, seen = links._told, []
+
+    def looked_at(*args):
+        seen.append(waiting(sys._getframe()))
+        return told(*args)
+
+    monkeypatch.setattr(links, "_told", looked_at)
+    comm.barrier(group=dist.new_group())
+    assert {(one.what, one.ranks) for one in seen} == {(links.FIRST.decode(), (0, 1))}
 
 
 @on_ranks(2)
