@@ -39,9 +39,7 @@ WINDOW = 4  # blocks in flight while one is summed
 
 def is_direct(group: Any, *tensors: Tensor) -> bool:
     """Tell whether `is_on_host` holds, and the tensors are contiguous."""
-    return is_on_host(group, *tensors) and all(
-        tensor.layout == torch.strided and tensor.is_contiguous() for tensor in tensors
-    )
+    return is_on_host(group, *tensors) and all(tensor.is_contiguous() for tensor in tensors)
 
 
 def is_on_host(group: Any, *tensors: Tensor) -> bool:
