@@ -73,7 +73,7 @@ class SharedMemoryGroup(ProcessGroup):
         opts, (tensor,) = opts or c10d.BroadcastOptions(), tensors
         source = dist.get_global_rank(self, opts.rootRank)
         what = words(f"broadcast from rank {source}", tensor.numel(), tensor.dtype)
-        work = exchanges.broadcast(self, tensor, opts.rootRank, opts.asyncOp, what)
+        work = exchanges.broadcast(self, tensor, source, opts.asyncOp, what)
         return self._started(work, tensors, what, self._gloo.broadcast, tensors, opts)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Any:

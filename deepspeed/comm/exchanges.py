@@ -66,12 +66,14 @@ def all_reduce(group: Any, tensor: Tensor, op: Any, async_op: bool, what: bytes)
     return shared.ReduceEverywhere(links, flat, [flat], op, what)
 
 
-def broadcast(group: Any, tensor: Tensor, source: int, async_op: bool, what: bytes) -> Any:
-    """Copy the tensor of the group's rank `source` to every rank; an expanded one moves what it has in memory."""
+def broadcast(group: Any, tensor: Tensor, src: int, async_op: bool, what: bytes) -> Any:
+    """Copy the tensor of global rank `src` to every rank; an expanded one moves what it has in memory."""
     tensor = _stored(tensor)
     links = links_of(group) if direct.is_on_host(group, tensor) else None
     if links is None:
         return None
+    everyone: Any = dist.group.WORLD
+    source = dist.get_group_rank(everyone if group is None else group, src)
     with torch.no_grad():
         return _broadcast(links, tensor.detach(), source, group, what, async_op)
 

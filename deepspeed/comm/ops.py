@@ -43,9 +43,7 @@ def initialize_mesh_device(mesh_shape: tuple[int, ...], mesh_dim_names: tuple[st
 def broadcast(tensor: Tensor, src: int, group: Any = None, async_op: bool = False, label: str = "") -> Any:
     """Send `tensor` from global rank `src` to every rank of `group`; `label` names it in errors."""
     what = words(f"broadcast from rank {src}", tensor.numel(), tensor.dtype, label)
-    everyone: Any = dist.group.WORLD
-    source = dist.get_group_rank(everyone if group is None else group, src)
-    work = exchanges.broadcast(group, tensor, source, async_op, what)
+    work = exchanges.broadcast(group, tensor, src, async_op, what)
     if work is None:
         return by_torch(what, group, dist.broadcast, tensor, src, async_op=async_op)
     return complete(work, async_op)

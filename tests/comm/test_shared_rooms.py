@@ -4,6 +4,7 @@ import gc
 import os
 import socket
 import threading
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -99,6 +100,14 @@ def test_the_source_of_a_long_broadcast_needs_few_rooms(monkeypatch):
     comm.broadcast(tensor, 0)
     assert tensor.eq(0).all()
     assert len(links_of(None)._rooms) <= before + 2
+
+
+@on_ranks(3)
+def test_who_is_not_in_a_group_has_no_part_in_its_calls():
+    group, tensor = dist.new_group([0, 1]), torch.full((3,), float(dist.get_rank()))
+    with pytest.warns(UserWarning, match="does not belong") if dist.get_rank() == 2 else nullcontext():
+        comm.broadcast(tensor, 1, group=group)
+    assert tensor.eq((1, 1, 2)[dist.get_rank()]).all()
 
 
 def test_a_source_that_ended_is_named_by_those_who_wait_for_its_broadcast(linked_pair):
