@@ -32,6 +32,7 @@ from deepspeed.comm.collectives import (
     all_reduce,
     reduce_scatter,
     reduce_scatter_single,
+    start_all_gather,
     start_all_reduce,
     start_reduce_scatter,
 )
@@ -115,6 +116,7 @@ __all__ = [
     "scatter",
     "scatter_object_list",
     "send",
+    "start_all_gather",
     "start_all_reduce",
     "start_reduce_scatter",
 ]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from deepspeed.comm import direct, shared
 from deepspeed.comm.calls import guarded, words
-from deepspeed.comm.links import Links, links_of
+from deepspeed.comm.hosts import GatherAcross, ReduceAcross, hosts_for, hosts_of
+from deepspeed.comm.links import links_of
 from deepspeed.comm.log import logged, nbytes, total_nbytes
 from deepspeed.comm.parts import cut, laid_out, numel_of
 from deepspeed.comm.summing import is_reducible
@@ -41,11 +42,22 @@ def all_gather_single(
     `output` holds world-size times as many elements as `input`, and may contain it at this rank's place.
     Returns a Work when `async_op`, else None.
     """
-    what = words("all_gather_single", input.numel(), input.dtype, label)
-    if not direct.is_direct(group, output, input) or output.dtype != input.dtype:
-        return by_torch(what, group, _torch_all_gather, output, input, async_op=async_op)
-    chunks = _chunks("all_gather_single", output, input, group)
-    return complete(_gather(chunks, input.view(-1), group, what), async_op)
+    return _all_gather(output, input, group, async_op, label, ordered=not async_op)
+
+
+@logged("all_gather_single", lambda output, input, *_, **__: nbytes(output))
+def start_all_gather(output: Tensor, input: Tensor, group: Any = None, label: str = "") -> Any:
+    """Start to fill `output` with every rank's `input`, in rank order, and return a Work.
+
+    Faster among hosts than an asynchronous `all_gather_single`, by the rule of `start_all_reduce`.
+
+    Args:
+        output: world-size times as many elements as `input`; may contain it at this rank's place.
+        input: of the same dtype.
+        group: of ranks.
+        label: what is moved, in errors.
+    """
+    return _all_gather(output, input, group, True, label, ordered=True)
 
 
 @logged("reduce_scatter_single", lambda output, input, *_, **__: nbytes(input))
@@ -75,13 +87,14 @@ def all_reduce(
     label: str = "",
 ) -> Any:
     """Reduce `tensor` over the ranks of `group`, in place; returns a Work when `async_op`, else None."""
-    links, what = _links_for(tensor, op, group), words("all_reduce", tensor.numel(), tensor.dtype, label)
-    if links is None or (async_op and tensor.numel() > shared.SMALL and links.size > shared.FEW):
+    what = words("all_reduce", tensor.numel(), tensor.dtype, label)
+    shares, large = _shares_memory(tensor, op, group), tensor.numel() > shared.SMALL
+    if shares and large and not async_op:
+        return complete(_reduce_everywhere(tensor.view(-1), [tensor.view(-1)], op, group, what), async_op)
+    links = links_of(group) if shares else None
+    if links is None or (large and links.size > shared.FEW):
         return by_torch(what, group, dist.all_reduce, tensor, op=op, async_op=async_op)
-    flat = tensor.view(-1)
-    if tensor.numel() <= shared.SMALL or async_op:
-        return complete(shared.SumWhole(links, flat, op, what), async_op)
-    return complete(shared.ReduceEverywhere(links, flat, [flat], op, what), async_op)
+    return complete(shared.SumWhole(links, tensor.view(-1), op, what), async_op)
 
 
 @logged("reduce_scatter_single", lambda output, parts, *_, **__: numel_of(parts) * output.element_size())
@@ -94,14 +107,14 @@ def start_reduce_scatter(output: Tensor, parts: Sequence[Tensor], group: Any = N
         group: of ranks.
         label: what is moved, in errors.
     """
-    links = _links_for(output, dist.ReduceOp.SUM, group)
-    if links is None:
+    op = dist.ReduceOp.SUM
+    if not _shares_memory(output, op, group):
         whole = laid_out(parts, output.new_empty(numel_of(parts)))
-        work = _reduce_scatter(output, whole, dist.ReduceOp.SUM, group, True, label)
+        work = _reduce_scatter(output, whole, op, group, True, label)
         return direct.DeferredWork([work], b"", group, used=[whole])
     what = words("reduce_scatter_single", numel_of(parts), output.dtype, label)
-    chunks = cut(parts, [output.numel()] * links.size)
-    return shared.Reduce(links, output, chunks, dist.ReduceOp.SUM, what)
+    chunks = cut(parts, [output.numel()] * dist.get_world_size(group))
+    return _reduce(output, chunks, op, group, what, output.dtype, ordered=True)
 
 
 @logged("all_reduce", lambda tensor, *_, **__: nbytes(tensor))
@@ -124,12 +137,13 @@ def start_all_reduce(
         group: of ranks.
         label: what is moved, in errors.
     """
-    links, what = _links_for(tensor, op, group), words("all_reduce", tensor.numel(), tensor.dtype, label)
-    flat = tensor.view(-1)
-    if links is not None and flat.numel() > shared.SMALL:
-        return shared.ReduceEverywhere(links, flat, parts or [flat], op, what)
+    what, flat = words("all_reduce", tensor.numel(), tensor.dtype, label), tensor.view(-1)
+    shares = _shares_memory(tensor, op, group)
+    if shares and flat.numel() > shared.SMALL:
+        return _reduce_everywhere(flat, parts or [flat], op, group, what)
     if parts:
         laid_out(parts, flat)
+    links = links_of(group) if shares else None
     if links is None:
         return by_torch(what, group, dist.all_reduce, tensor, op=op, async_op=True)
     return shared.SumWhole(links, flat, op, what)
@@ -141,7 +155,7 @@ def all_gather(outputs: Sequence[Tensor], input: Tensor, group: Any = None, asyn
     if not direct.is_direct(group, input, *outputs) or any(one.shape != input.shape for one in outputs):
         return by_torch(words("all_gather"), group, dist.all_gather, list(outputs), input, async_op=async_op)
     chunks, what = [one.view(-1) for one in outputs], words("all_gather", input.numel(), input.dtype)
-    return complete(_gather(chunks, input.view(-1), group, what), async_op)
+    return complete(_gather(chunks, input.view(-1), group, what, ordered=not async_op), async_op)
 
 
 @logged("reduce_scatter", lambda output, inputs, *_, **__: total_nbytes(inputs))
@@ -157,12 +171,16 @@ def reduce_scatter(
     if uneven or not direct.is_direct(group, output, *inputs) or not is_reducible(output.dtype, op):
         what = words("reduce_scatter")
         return by_torch(what, group, dist.reduce_scatter, output, list(inputs), op=op, async_op=async_op)
-    chunks, what = [one.view(-1) for one in inputs], words("reduce_scatter", output.numel(), output.dtype)
-    return complete(_reduce(output.view(-1), chunks, op, group, async_op, what), async_op)
+    chunks, what = [[one.view(-1)] for one in inputs], words("reduce_scatter", output.numel(), output.dtype)
+    work = _reduce(output.view(-1), chunks, op, group, what, output.dtype, ordered=not async_op)
+    return complete(work, async_op)
 
 
-def _links_for(tensor: Tensor, op: Any, group: Any) -> Links | None:
-    return links_of(group) if direct.is_direct(group, tensor) and is_reducible(tensor.dtype, op) else None
+def _shares_memory(tensor: Tensor, op: Any, group: Any) -> bool:
+    """Tell whether ranks that share memory reduce such tensors through it, on one host or on several."""
+    if not direct.is_direct(group, tensor) or not is_reducible(tensor.dtype, op):
+        return False
+    return links_of(group) is not None or hosts_for(tensor.dtype, op, group) is not None
 
 
 def by_torch(what: bytes, group: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -183,28 +201,65 @@ def by_torch(what: bytes, group: Any, function: Callable[..., Any], *args: Any, 
     return guarded(what, start, None if links is None else links.drain)
 
 
-def _gather(chunks: Sequence[Tensor], mine: Tensor, group: Any, what: bytes) -> Any:
-    links = links_of(group)
-    if links is None:
-        return direct.gather(chunks, mine, group, what)
-    return shared.Gather(links, chunks, mine, what)
+def _all_gather(
+    output: Tensor, input: Tensor, group: Any, async_op: bool, label: str, *, ordered: bool
+) -> Any:
+    what = words("all_gather_single", input.numel(), input.dtype, label)
+    if not direct.is_direct(group, output, input) or output.dtype != input.dtype:
+        return by_torch(what, group, _torch_all_gather, output, input, async_op=async_op)
+    chunks = _chunks("all_gather_single", output, input, group)
+    return complete(_gather(chunks, input.view(-1), group, what, ordered=ordered), async_op)
+
+
+@torch.no_grad()
+def _gather(chunks: Sequence[Tensor], mine: Tensor, group: Any, what: bytes, *, ordered: bool) -> Any:
+    """Start to fill a flat tensor from each rank; `ordered`: all ranks wait for it in the same order."""
+    own = chunks[dist.get_rank(group)]
+    if own.data_ptr() != mine.data_ptr():
+        own.copy_(mine)
+    links, hosts = links_of(group), hosts_of(group)
+    if links is not None:
+        return shared.Gather(links, [[chunk] for chunk in chunks], what)
+    if hosts is not None and ordered:
+        return GatherAcross(hosts, chunks, group, what)
+    return direct.gather(chunks, direct.Peers.all_of(group), what)
 
 
 def _reduce(
-    output: Tensor, chunks: Sequence[Tensor], op: Any, group: Any, async_op: bool, what: bytes
+    output: Tensor,
+    chunks: Sequence[Sequence[Tensor]],
+    op: Any,
+    group: Any,
+    what: bytes,
+    dtype: torch.dtype,
+    *,
+    ordered: bool,
 ) -> Any:
-    links = links_of(group)
-    if links is None:
-        return direct.ReduceWork(output, chunks, op, group, at_once=async_op, what=what)
-    return shared.Reduce(links, output, [[chunk] for chunk in chunks], op, what, chunks[0].dtype)
+    """Start to reduce what each rank has, in parts, into this rank's `output`; `dtype` is that of the message."""
+    links, hosts = links_of(group), hosts_for(dtype, op, group)
+    if links is not None:
+        return shared.Reduce(links, output, chunks, op, what, dtype)
+    if hosts is not None and ordered:
+        return ReduceAcross(hosts, output, chunks, op, group, what, dtype)
+    whole, peers = [parts[0] for parts in chunks], direct.Peers.all_of(group)
+    return direct.ReduceWork(output, whole, op, peers, at_once=not ordered, what=what)
+
+
+def _reduce_everywhere(output: Tensor, parts: Sequence[Tensor], op: Any, group: Any, what: bytes) -> Any:
+    """Start to reduce a message in parts into every rank's `output` (flat), a chunk on each rank first."""
+    chunks, me = output.tensor_split(dist.get_world_size(group)), dist.get_rank(group)
+    pieces = cut(parts, [chunk.numel() for chunk in chunks])
+    work = _reduce(chunks[me], pieces, op, group, what, output.dtype, ordered=True)
+    return shared.ReduceEverywhere(work, partial(_gather, chunks, chunks[me], group, what, ordered=True))
 
 
 def _reduce_scatter(output: Tensor, input: Tensor, op: Any, group: Any, async_op: bool, label: str) -> Any:
     what = words("reduce_scatter_single", input.numel(), input.dtype, label)
     if not direct.is_direct(group, output, input) or not is_reducible(input.dtype, op):
         return _reduce_scatter_by_torch(output, input, op, group, async_op, what)
-    chunks = _chunks("reduce_scatter_single", input, output, group)
-    return complete(_reduce(output.view(-1), chunks, op, group, async_op, what), async_op)
+    chunks = [[chunk] for chunk in _chunks("reduce_scatter_single", input, output, group)]
+    work = _reduce(output.view(-1), chunks, op, group, what, input.dtype, ordered=not async_op)
+    return complete(work, async_op)
 
 
 def _reduce_scatter_by_torch(
