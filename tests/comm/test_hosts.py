@@ -12,7 +12,7 @@ from harness import RankFailure, on_ranks, run_on_ranks
 
 from deepspeed import comm
 from deepspeed.comm import direct, links, shared
-from deepspeed.comm.hosts import GatherAcross, ReduceAcross, hosts_of
+from deepspeed.comm.hosts import GatherAcross, Hosts, ReduceAcross, hosts_of
 from deepspeed.comm.links import SWITCH, links_of
 
 LARGE = shared.SMALL + 5
@@ -34,8 +34,9 @@ def total(ranks: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @on_ranks(4)
-def test_reduce_scatter_and_all_gather_over_two_hosts(dtype):
+def test_reduce_scatter_and_all_gather_over_two_hosts(monkeypatch, dtype):
     rank = dist.get_rank()
+    monkeypatch.setattr(Hosts, "save_traffic", lambda self, dtype: True)
     with ranks_on_hosts(2):
         assert links_of(None) is None
         for numel in (4, 20, 4 * LARGE):
@@ -64,7 +65,8 @@ def test_reduce_scatter_and_all_gather_over_two_hosts(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("numel", [7, LARGE, 4 * LARGE])
 @on_ranks(4)
-def test_all_reduce_over_two_hosts(numel, dtype):
+def test_all_reduce_over_two_hosts(monkeypatch, numel, dtype):
+    monkeypatch.setattr(Hosts, "save_traffic", lambda self, dtype: True)
     tensor = message(dist.get_rank(), numel, dtype)
     with ranks_on_hosts(2):
         started = tensor.clone()
@@ -86,6 +88,16 @@ def test_other_reductions_over_two_hosts(op):
     with ranks_on_hosts(2):
         comm.all_reduce(tensor, getattr(dist.ReduceOp, op))
     torch.testing.assert_close(tensor, expected)
+
+
+@on_ranks(4)
+def test_16_bit_sums_of_two_ranks_are_no_smaller_and_go_as_they_are():
+    output, mine = torch.empty(100), torch.ones(400)
+    with ranks_on_hosts(2):
+        assert isinstance(comm.start_reduce_scatter(output, [mine]), ReduceAcross)
+        narrow = comm.start_reduce_scatter(output.bfloat16(), [mine])
+        assert not isinstance(narrow, ReduceAcross)
+        narrow.wait()
 
 
 @on_ranks(4)
