@@ -1,4 +1,4 @@
-"""Run a test body on several ranks: a pool of long-lived gloo processes, one pool per world size.
+"""Run a test body on several ranks: a pool of long-lived processes, one pool per world size and backend.
 
     @on_ranks(2)
     def test_sum():
@@ -32,29 +32,32 @@ class RankFailure(AssertionError):
     """One or more ranks failed; the message holds each rank's own traceback."""
 
 
-def on_ranks(count: int, timeout: float = 120.0) -> Callable[[Callable], Callable]:
-    """Run the decorated module-level test body on `count` gloo ranks."""
+def on_ranks(count: int, timeout: float = 120.0, backend: str = "gloo") -> Callable[[Callable], Callable]:
+    """Run the decorated module-level test body on `count` ranks."""
 
     def decorate(body: Callable) -> Callable:
         @functools.wraps(body)
         def on_pool(*args: Any, **kwargs: Any) -> None:
-            run_on_ranks(count, body, *args, timeout=timeout, **kwargs)
+            run_on_ranks(count, body, *args, timeout=timeout, backend=backend, **kwargs)
 
         return on_pool
 
     return decorate
 
 
-def run_on_ranks(count: int, body: Callable, *args: Any, timeout: float = 120.0, **kwargs: Any) -> None:
+def run_on_ranks(
+    count: int, body: Callable, *args: Any, timeout: float = 120.0, backend: str = "gloo", **kwargs: Any
+) -> None:
     """Run `body` (module-level, possibly decorated) on `count` ranks and raise what any of them raised."""
-    pool = _pools.get(count)
+    key = count, backend
+    pool = _pools.get(key)
     if pool is None:
-        pool = _pools[count] = _Pool(count)
+        pool = _pools[key] = _Pool(count, backend)
     try:
         pool.run(body.__module__, body.__qualname__, args, kwargs, timeout)
     except BaseException:
         pool.kill()
-        _pools.pop(count, None)
+        _pools.pop(key, None)
         raise
 
 
@@ -73,14 +76,15 @@ def free_port() -> int:
 
 
 class _Pool:
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, backend: str) -> None:
         context = mp.get_context("spawn")
         port = free_port()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, count, port, sys.path), daemon=True)
+            args = theirs, rank, count, port, sys.path, backend
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -124,8 +128,8 @@ class _Pool:
             pipe.close()
 
 
-def _serve(pipe: Connection, rank: int, count: int, port: int, path: list[str]) -> None:
-    """Body of a pool process: initialise gloo, then run jobs until the pipe closes."""
+def _serve(pipe: Connection, rank: int, count: int, port: int, path: list[str], backend: str) -> None:
+    """Body of a pool process: initialise the backend, then run jobs until the pipe closes."""
     sys.path[:] = path
     os.environ.update(
         RANK=str(rank),
@@ -140,7 +144,9 @@ def _serve(pipe: Connection, rank: int, count: int, port: int, path: list[str]) 
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=count)
+    if backend != "gloo":
+        importlib.import_module("deepspeed.comm")  # makes its own known
+    dist.init_process_group(backend, rank=rank, world_size=count)
     warnings.simplefilter("error")
     while True:
         try:
@@ -169,4 +175,4 @@ def _run(module: str, name: str, args: tuple, kwargs: dict) -> str | None:
                 given.undo()
 
 
-_pools: dict[int, _Pool] = {}
+_pools: dict[tuple[int, str], _Pool] = {}

@@ -26,6 +26,7 @@ from torch.distributed import (
     scatter_object_list,
 )
 
+from deepspeed.comm import backend as _backend
 from deepspeed.comm.collectives import (
     all_gather,
     all_gather_single,
@@ -63,6 +64,8 @@ all_gather_into_tensor = all_gather_single
 reduce_scatter_tensor = reduce_scatter_single
 allgather_fn = all_gather_single
 reduce_scatter_fn = reduce_scatter_single
+
+_backend.register()
 
 __all__ = [
     "P2POp",

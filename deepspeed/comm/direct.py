@@ -40,14 +40,21 @@ WINDOW = 4  # blocks in flight while one is summed
 
 def is_direct(group: Any, *tensors: Tensor) -> bool:
     """Tell whether `is_on_host` holds, and the tensors are contiguous."""
-    return is_on_host(group, *tensors) and all(tensor.is_contiguous() for tensor in tensors)
+    return is_on_host(group, *tensors) and all(
+        tensor.layout == torch.strided and tensor.is_contiguous() for tensor in tensors
+    )
 
 
 def is_on_host(group: Any, *tensors: Tensor) -> bool:
-    """Tell whether this rank is in `group`, and the group moves these tensors through gloo on the CPU."""
-    if any(tensor.device.type != "cpu" for tensor in tensors):
+    """Tell whether this rank is in `group`, and the group moves these tensors on the CPU."""
+    if any(tensor.device.type != "cpu" for tensor in tensors) or dist.get_rank(group) < 0:
         return False
-    return dist.get_rank(group) >= 0 and "cpu:gloo" in dist.get_backend_config(group)
+    return "cpu:gloo" in dist.get_backend_config(group) or is_shared(group)
+
+
+def is_shared(group: Any) -> bool:
+    """Tell whether torch's own functions go through shared memory in `group`: see `deepspeed.comm.backend`."""
+    return "cpu:shm" in dist.get_backend_config(group)
 
 
 class DeferredWork(dist.Work):
@@ -76,8 +83,8 @@ class DeferredWork(dist.Work):
         return True
 
     def is_completed(self) -> bool:
-        """Tell whether `wait` would return at once."""
-        return self._finish is None and all(work.is_completed() for work in self._pending)
+        """Tell whether the data is in place; what has arrived is put there."""
+        return all(work.is_completed() for work in self._pending) and self.wait()
 
 
 def wait_all(pending: list[Any], what: bytes, group: Any, timeout: timedelta | None = None) -> None:

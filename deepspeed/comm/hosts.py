@@ -81,7 +81,7 @@ def hosts_of(group: dist.ProcessGroup | None) -> Hosts | None:
     return _HOSTS[key]
 
 
-def hosts_for(dtype: torch.dtype, op: Any, group: dist.ProcessGroup | None) -> Hosts | None:
+def hosts_for(group: dist.ProcessGroup | None, dtype: torch.dtype, op: Any) -> Hosts | None:
     """Return a group's hosts where such tensors are better reduced host by host.
 
     Not averages of integers: an average of averages is another number.

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.backend import NAME as SHM
 from deepspeed.comm.environment import (
     Place,
     current_place,
@@ -105,6 +106,10 @@ def _checked_backend(asked: str | None) -> str:
             raise ConfigError(
                 f"dist_backend: expected one that this torch has ({', '.join(_available())}), got "
                 f"{backend!r}; leave it out to take the device's own"
+            )
+        if name == SHM and "," in backend:
+            raise ConfigError(
+                f"dist_backend: expected {SHM} alone, because torch puts no other backend beside it, got {backend!r}"
             )
     return backend
 

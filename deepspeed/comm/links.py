@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepspeed.comm.calls import LONGEST, disagreement, here, readable
+from deepspeed.comm.calls import LONGEST, disagreement, guarded, here, readable
 from deepspeed.errors import CommunicationError
 
 SWITCH = "DEEPSPEED_SHARED_MEMORY"
@@ -49,6 +49,8 @@ KEPT = 32  # words of calls to keep before looking which are of use no more
 MANNERS = 2.0  # seconds for a peer that makes another call to say where
 PAGE = mmap.PAGESIZE
 PATIENCE = 60.0  # seconds for all ranks of a group to connect
+FIRST = b"the first call of a group"  # words of what connects them
+OFFER = 256  # bytes of what a rank says then
 
 
 class Room:
@@ -354,21 +356,18 @@ def _connect(group: Any) -> Neighbours | None:
     size, me = dist.get_world_size(group), dist.get_rank(group)
     if size == 1:
         return None
-    listener = _listen(size)
-    offers: list[tuple[str, bytes]] = [("", b"")] * size
-    dist.all_gather_object(offers, (_host(), _address(listener)), group=group)
-    hosts = _by_host([host if address else "" for host, address in offers])
+    backend, listener = group._get_backend(torch.device("cpu")), _listen(size)
+    offers = [offer.split("/") for offer in _told(backend, f"{_host()}/{_address(listener)}", size)]
+    hosts = _by_host([host if name else "" for host, name in offers])
     near = next((ranks for ranks in hosts if me in ranks), ())
     sockets = None
     if listener is not None:
         with listener:
             sockets = _meet(listener, near.index(me), [offers[rank][1] for rank in near]) if near else None
-    everybody = [False] * size
-    dist.all_gather_object(everybody, sockets is not None, group=group)
-    if sockets is None or not all(everybody):
+    if not all(_told(backend, "" if sockets is None else "met", size)) or sockets is None:
         return None
-    names = dist.get_process_group_ranks(group)
-    links = Links(near.index(me), sockets, _timeout_of(group), [names[rank] for rank in near])
+    everyone = dist.get_process_group_ranks(group)
+    links = Links(near.index(me), sockets, backend.options._timeout, [everyone[rank] for rank in near])
     return Neighbours(links, hosts)
 
 
@@ -381,6 +380,14 @@ def _by_host(names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     if "" in found or 1 in counts or len(counts) > 1:
         return ()
     return tuple(tuple(ranks) for ranks in found.values())
+
+
+def _told(backend: Any, said: str, size: int) -> list[str]:
+    """Exchange a few words between all ranks, by gloo itself: the group's own functions may want its links."""
+    mine = torch.tensor(list(said.encode().ljust(OFFER)), dtype=torch.uint8, device="cpu")
+    theirs = [torch.empty_like(mine) for _ in range(size)]
+    guarded(FIRST, backend.allgather([theirs], [mine]).wait)
+    return [bytes(one.tolist()).decode().rstrip() for one in theirs]
 
 
 def _listen(size: int) -> socket.socket | None:
@@ -399,29 +406,31 @@ def _listen(size: int) -> socket.socket | None:
     return listener
 
 
-def _address(listener: socket.socket | None) -> bytes:
-    return b"" if listener is None else listener.getsockname()
+def _address(listener: socket.socket | None) -> str:
+    """Return the abstract name of a socket, without the zero that marks it."""
+    name: str = "" if listener is None else listener.getsockname()[1:].decode()
+    return name
 
 
 def _host() -> str:
     """Name what two processes must have in common to reach each other's abstract sockets."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        return f"{boot} {os.stat('/proc/self/ns/net').st_ino} {os.getuid()}"
+        return f"{boot.strip()} {os.stat('/proc/self/ns/net').st_ino} {os.getuid()}"
     except OSError:
         return ""
 
 
-def _meet(listener: socket.socket, rank: int, addresses: list[bytes]) -> dict[int, socket.socket] | None:
+def _meet(listener: socket.socket, rank: int, names: Sequence[str]) -> dict[int, socket.socket] | None:
     """Connect to the lower ranks and let the higher ones connect."""
     sockets = {}
     try:
         for peer in range(rank):
             sockets[peer] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             sockets[peer].settimeout(PATIENCE)
-            sockets[peer].connect(addresses[peer])
+            sockets[peer].connect(f"\0{names[peer]}")
             sockets[peer].send(rank.to_bytes(8, "little"))
-        while len(sockets) < len(addresses) - 1:
+        while len(sockets) < len(names) - 1:
             link, _ = listener.accept()
             link.settimeout(PATIENCE)
             if _user_of(link) == os.getuid():
@@ -435,9 +444,3 @@ def _user_of(link: socket.socket) -> int:
     credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     user: int = struct.unpack("3i", credentials)[1]
     return user
-
-
-def _timeout_of(group: Any) -> timedelta:
-    backend = group._get_backend(torch.device("cpu"))
-    timeout: timedelta = backend.options._timeout
-    return timeout

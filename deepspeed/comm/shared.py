@@ -54,8 +54,8 @@ class SharedWork(dist.Work):
         return True
 
     def is_completed(self) -> bool:
-        """Tell whether `wait` would not block."""
-        return self._finished or self._links.is_here(self._call)
+        """Tell whether the result is in place; once every peer is here it is put there."""
+        return self._finished or (self._links.is_here(self._call) and self.wait())
 
     def _finish(self) -> None:
         raise NotImplementedError

@@ -33,7 +33,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from deepspeed.comm import collectives, direct, links
+from deepspeed.comm import direct, exchanges, links
 from deepspeed.comm.calls import place, readable
 
 SECOND = 1.0  # between two looks
@@ -126,10 +126,13 @@ def _look(store: Any, world: Any, stop: threading.Event) -> None:
 
 
 def waiting(frame: FrameType | None) -> Wait | None:
-    """Find the call of all ranks of a group that a stack waits in: the outermost one, as ranks would call it."""
+    """Find the call of all ranks of a group that a stack waits in.
+
+    That is the one that the ranks have counted, else the outermost one, as ranks would call it.
+    """
     found = None
     step = frame
-    while step is not None:
+    while step is not None and (found is None or found.number == 0):
         found = _wait_in(step) or found
         step = step.f_back
     if found is None or frame is None:
@@ -144,7 +147,9 @@ def _wait_in(frame: FrameType) -> Wait | None:
         ours: links.Links = frame.f_locals["self"]
         call: int = frame.f_locals["call"]
         return Wait(ours.doing(call), tuple(ours.names), number=call)
-    if code in (collectives.by_torch.__code__, direct.wait_all.__code__):
+    if code is links._connect.__code__:
+        return Wait(readable(links.FIRST), _members(frame.f_locals["group"]))
+    if code in (exchanges.elsewhere.__code__, direct.wait_all.__code__):
         return Wait(readable(frame.f_locals["what"]), _members(frame.f_locals["group"]))
     if frame.f_globals is vars(distributed_c10d) and code.co_name in TORCHS and "group" in code.co_varnames:
         return Wait(f"torch.distributed.{code.co_name}", _members(frame.f_locals["group"]))

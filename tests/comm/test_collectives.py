@@ -8,7 +8,7 @@ import torch.distributed as dist
 from harness import on_ranks
 
 from deepspeed import comm
-from deepspeed.comm import collectives, direct
+from deepspeed.comm import direct, exchanges
 from deepspeed.errors import UsageError
 
 OPS = {"sum": dist.ReduceOp.SUM, "avg": dist.ReduceOp.AVG, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
@@ -42,11 +42,11 @@ def reduced(parts: list[torch.Tensor], op: str) -> torch.Tensor:
 @contextmanager
 def without_shared_memory():
     """Make collectives take the way of ranks on different hosts."""
-    original, collectives.links_of = collectives.links_of, lambda group: None
+    original, exchanges.links_of = exchanges.links_of, lambda group: None
     try:
         yield
     finally:
-        collectives.links_of = original
+        exchanges.links_of = original
 
 
 def check_reduce_scatter(op: str, dtype: torch.dtype, numel: int, async_op: bool, group=None) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from harness import on_ranks
 
 from deepspeed import comm
-from deepspeed.comm import collectives, shared
+from deepspeed.comm import exchanges, shared
 from deepspeed.comm.links import SWITCH, Links, links_of
 from deepspeed.comm.summing import BLOCK
 from deepspeed.errors import CommunicationError, UsageError
@@ -247,7 +247,7 @@ def sum_in_rank_order(dtype: torch.dtype) -> torch.Tensor:
 @on_ranks(3)
 def test_a_message_in_parts_is_reduced_like_one_that_lies_together(monkeypatch, linked, dtype):
     if not linked:
-        monkeypatch.setattr(collectives, "links_of", lambda group: None)
+        monkeypatch.setattr(exchanges, "links_of", lambda group: None)
     rank, expected = dist.get_rank(), sum_in_rank_order(dtype)
     chunk = torch.empty(len(expected) // 3, dtype=dtype)
     work = comm.start_reduce_scatter(chunk, message_of(rank, dtype))
