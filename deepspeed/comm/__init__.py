@@ -1,7 +1,8 @@
 """``torch.distributed`` with timing and logging, under the same names: ``deepspeed.comm``.
 
 Every function takes torch's arguments and returns torch's Work when ``async_op=True``. Gathering, reducing
-and scattering between CPU ranks is faster here: see note [direct exchange on gloo].
+and scattering between CPU ranks is faster here: see note [direct exchange on gloo]. Importing this makes the
+backend ``shm`` known to torch, see note [A backend of torch's].
 """
 
 from torch.distributed import (

@@ -43,10 +43,11 @@ def init_distributed(
 
     The ranks come from `rank` and `world_size`, else from the launcher's environment, else from MPI's (unless
     `auto_mpi_discovery` is off), else this process is the only rank and uses no port. `dist_backend` None
-    takes what suits the device. `timeout` None takes DEEPSPEED_TIMEOUT (minutes), else 30 minutes. `config`
+    takes what suits the device; ``shm`` is gloo with torch's own functions through shared memory, too (note [A
+    backend of torch's]). `timeout` None takes DEEPSPEED_TIMEOUT (minutes), else 30 minutes. `config`
     may hold a ``comms_logger`` section. Raises CommunicationError when the ranks cannot meet, ConfigError
-    for a backend that torch does not have, and UsageError when `dist_init_required` is False and nothing
-    is running.
+    for a backend that torch does not have or that allows no other beside it, and UsageError when
+    `dist_init_required` is False and nothing is running.
     """
     if config is not None:
         configure(config)

@@ -169,9 +169,10 @@ class Links:
             self._wait_for(peer, call)
 
     def is_here(self, call: int) -> bool:
-        """Tell whether every peer has begun this call, and so filled its room for it."""
+        """Tell whether every peer has begun this call, or one has ended before: who waits is told at once."""
         self.drain()
-        return all(latest >= call for latest in self._latest.values())
+        missing = {peer for peer, latest in self._latest.items() if latest < call}
+        return not missing or not missing.isdisjoint(self._ended)
 
     def done(self, call: int, *writers: int) -> None:
         """Tell peers (none named: all) that their rooms of this call have been read; who has ended need not know."""

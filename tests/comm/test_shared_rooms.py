@@ -172,6 +172,15 @@ def test_a_peer_that_ended_is_named_instead_of_waited_for(linked_pair):
         work.wait()
 
 
+def test_who_looks_for_a_peer_that_ended_is_told(linked_pair):
+    ours, theirs = linked_pair
+    work = shared.SumWhole(ours, torch.ones(3), dist.ReduceOp.SUM)
+    assert not work.is_completed()
+    theirs.close()
+    with pytest.raises(CommunicationError, match="rank 1 ended"):
+        work.is_completed()
+
+
 def test_what_a_peer_sent_before_it_ended_arrives(linked_pair):
     ours, theirs = linked_pair
     chunks = [torch.empty(2), torch.empty(2)]
