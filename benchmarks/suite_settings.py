@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from comparison_options import Options
+from comparison_options import STEPS, WARMUP, Options
 from model import Shape
 from rows import DEFAULT_ROWS, OTHERS
 from work import Work
@@ -12,16 +13,22 @@ from work import Work
 
 @dataclass(frozen=True)
 class Setting:
-    """A comparison of training steps, whose results bear its name."""
+    """A comparison of training steps, whose results bear its name.
+
+    `steps` and `warmup` are at most what a run has of them: fewer where a step is long.
+    """
 
     name: str
     title: str
     work: Work
     rows: tuple[str, ...] = DEFAULT_ROWS
+    steps: int = STEPS
+    warmup: int = WARMUP
 
     def options(self, base: Options) -> Options:
-        """Put this setting's work and rows into the options that all settings share."""
-        return replace(base, name=self.name, work=self.work, rows=self.rows)
+        """Put this setting's work, rows and steps into the options that all settings share."""
+        steps, warmup = min(self.steps, base.steps), min(self.warmup, base.warmup)
+        return replace(base, name=self.name, work=self.work, rows=self.rows, steps=steps, warmup=warmup)
 
 
 @dataclass(frozen=True)
@@ -55,20 +62,23 @@ OFFLOAD_ROWS = (
     *OTHERS,
 )  # fmt: skip
 
+LONG: dict[str, Any] = {"steps": 4, "warmup": 2}
+
 SETTINGS = (
     Setting("step_bf16", "33M, bf16", WORK),
-    Setting("step_fp32", "33M, fp32", replace(WORK, precision="fp32")),
-    Setting("step_bf16_acc4", "33M, bf16, 4 micro-batches", replace(WORK, accumulation=4)),
+    Setting("step_fp32", "33M, fp32", replace(WORK, precision="fp32"), steps=8),
+    Setting("step_bf16_acc4", "33M, bf16, 4 micro-batches", replace(WORK, accumulation=4), **LONG),
     Setting(
         "step_fp32_acc4",
         "33M, fp32, 4 micro-batches",
         replace(WORK, precision="fp32", accumulation=4),
+        **LONG,
     ),
     Setting("checkpointing", "33M, bf16, checkpointed", replace(WORK, checkpointing=True), STAGE_3_ROWS),
-    Setting("offload", "33M, bf16, offload", WORK, OFFLOAD_ROWS),
-    Setting("ranks4", "33M, bf16, 4 ranks", replace(WORK, ranks=4)),
+    Setting("offload", "33M, bf16, offload", WORK, OFFLOAD_ROWS, steps=8),
+    Setting("ranks4", "33M, bf16, 4 ranks", replace(WORK, ranks=4), steps=6, warmup=2),
     Setting("size_8m", "8M, bf16", replace(WORK, shape=EIGHT_MILLION)),
-    Setting("size_120m", "120M, bf16", replace(WORK, shape=HUNDRED_TWENTY_MILLION)),
+    Setting("size_120m", "120M, bf16", replace(WORK, shape=HUNDRED_TWENTY_MILLION), **LONG),
 )
 SINGLES = (
     Single("overhead", "what the engine adds to a step of a tiny MLP", "--pairs", ("--turns", "3")),

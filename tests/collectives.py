@@ -1,11 +1,14 @@
-"""Gathers as they go where ranks cannot read each other's memory: on GPUs and among hosts."""
+"""Ways that data takes elsewhere: where ranks cannot read each other's memory, and among hosts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch.distributed as dist
+
 import deepspeed.zero.holder
+from deepspeed.comm import hosts, links
 
 
 @contextmanager
@@ -17,3 +20,21 @@ def gathers_are_collectives() -> Iterator[None]:
         yield
     finally:
         deepspeed.zero.holder.arena_of = found
+
+
+@contextmanager
+def ranks_on_hosts(each: int) -> Iterator[None]:
+    """Within, groups that exchange something for the first time find `each` ranks on a host, in rank order."""
+    name = links._host
+    _forget_neighbours()
+    links._host = lambda: f"host {dist.get_rank() // each}"
+    try:
+        yield
+    finally:
+        links._host = name
+        _forget_neighbours()
+
+
+def _forget_neighbours() -> None:
+    links._NEIGHBOURS.clear()
+    hosts._HOSTS.clear()

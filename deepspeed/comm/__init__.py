@@ -34,6 +34,7 @@ from deepspeed.comm.collectives import (
     all_reduce,
     reduce_scatter,
     reduce_scatter_single,
+    start_all_gather,
     start_all_reduce,
     start_reduce_scatter,
 )
@@ -119,6 +120,7 @@ __all__ = [
     "scatter",
     "scatter_object_list",
     "send",
+    "start_all_gather",
     "start_all_reduce",
     "start_reduce_scatter",
 ]

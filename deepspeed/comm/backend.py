@@ -61,7 +61,7 @@ class SharedMemoryGroup(ProcessGroup):
         """Reduce a tensor in place."""
         opts, (tensor,) = opts or c10d.AllreduceOptions(), tensors
         what = words("all_reduce", tensor.numel(), tensor.dtype)
-        work = exchanges.all_reduce(self, tensor, opts.reduceOp.op, opts.asyncOp, what)
+        work = exchanges.all_reduce(self, tensor, opts.reduceOp.op, what, ordered=not opts.asyncOp)
         return self._started(work, tensors, what, self._gloo.allreduce, tensors, opts)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Any:
@@ -80,13 +80,13 @@ class SharedMemoryGroup(ProcessGroup):
         """Collect the tensors of all ranks, one by one."""
         opts, (output,), (input,) = opts or c10d.AllgatherOptions(), outputs, inputs
         what = words("all_gather", input.numel(), input.dtype)
-        work = exchanges.all_gather(self, output, input, what)
+        work = exchanges.all_gather(self, output, input, what, ordered=not opts.asyncOp)
         return self._started(work, output, what, self._gloo.allgather, outputs, inputs, opts)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
         """Collect the tensors of all ranks in one."""
         opts, what = opts or c10d.AllgatherOptions(), words("all_gather_single", input.numel(), input.dtype)
-        work = exchanges.all_gather_single(self, output, input, what)
+        work = exchanges.all_gather_single(self, output, input, what, ordered=not opts.asyncOp)
         return self._started(work, [output], what, self._gloo._allgather_base, output, input, opts)
 
     def all_gather_single_coalesced(
@@ -100,15 +100,16 @@ class SharedMemoryGroup(ProcessGroup):
         """Reduce one tensor for each rank."""
         opts, (output,), (input,) = opts or c10d.ReduceScatterOptions(), outputs, inputs
         what = words("reduce_scatter", output.numel(), output.dtype)
-        work = exchanges.reduce_scatter(self, output, input, opts.reduceOp.op, opts.asyncOp, what)
+        op, ordered = opts.reduceOp.op, not opts.asyncOp
+        work = exchanges.reduce_scatter(self, output, input, op, what, ordered=ordered)
         return self._started(work, outputs, what, self._gloo.reduce_scatter, outputs, inputs, opts)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
         """Reduce a tensor that holds a chunk for each rank."""
         opts = opts or c10d.ReduceScatterOptions()
         what = words("reduce_scatter_single", input.numel(), input.dtype)
-        op = opts.reduceOp.op
-        work = exchanges.reduce_scatter_single(self, output, input, op, opts.asyncOp, what)
+        op, ordered = opts.reduceOp.op, not opts.asyncOp
+        work = exchanges.reduce_scatter_single(self, output, input, op, what, ordered=ordered)
         return self._started(work, [output], what, self._gloo._reduce_scatter_base, output, input, opts)
 
     def reduce_scatter_single_coalesced(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -91,41 +92,51 @@ def wait_all(pending: list[Any], what: bytes, group: Any, timeout: timedelta | N
     pending.clear()
 
 
+@dataclass(frozen=True)
+class Peers:
+    """The ranks that exchange something: all of a group, or some."""
+
+    group: Any
+    ranks: Sequence[int]
+    """In the group; their order is that of what they exchange."""
+    me: int
+    """This rank's place among them."""
+
+    @classmethod
+    def all_of(cls, group: Any) -> Peers:
+        """Return all ranks of a group."""
+        return cls(group, range(dist.get_world_size(group)), dist.get_rank(group))
+
+
 @torch.no_grad()
-def gather(chunks: Sequence[Tensor], mine: Tensor, group: Any, what: bytes = b"") -> DeferredWork:
-    """Start filling `chunks`, one flat tensor per rank, from every rank's `mine`."""
-    me = dist.get_rank(group)
-    pending = _exchange(lambda rank: mine, lambda rank: chunks[rank], me, len(chunks), group, what)
-    if chunks[me].data_ptr() != mine.data_ptr():
-        chunks[me].copy_(mine)
-    return DeferredWork(pending, what, group)
+def gather(chunks: Sequence[Tensor], peers: Peers, what: bytes = b"") -> DeferredWork:
+    """Start filling `chunks`, a flat tensor from each peer; this rank's own is in its place."""
+    mine = chunks[peers.me]
+    pending = _exchange(lambda place: mine, lambda place: chunks[place], peers, what)
+    return DeferredWork(pending, what, peers.group)
 
 
 def _exchange(
-    outgoing: Callable[[int], Tensor],
-    incoming: Callable[[int], Tensor],
-    me: int,
-    world: int,
-    group: Any,
-    what: bytes,
+    outgoing: Callable[[int], Tensor], incoming: Callable[[int], Tensor], peers: Peers, what: bytes
 ) -> list[Any]:
-    """Post a receive from and a send to every other rank; what is empty is neither sent nor received."""
+    """Post a receive from and a send to every peer, by place; what is empty is neither sent nor received."""
     works: list[Any] = []
     tag = OWN + zlib.crc32(what) % OWN
-    for step in range(1, world):
-        source, target = (me - step) % world, (me + step) % world
+    count, group = len(peers.ranks), peers.group
+    for step in range(1, count):
+        source, target = (peers.me - step) % count, (peers.me + step) % count
         received, sent = incoming(source), outgoing(target)
         if received.numel():
-            works.append(dist.irecv(received, group=group, tag=tag, group_src=source))
+            works.append(dist.irecv(received, group=group, tag=tag, group_src=peers.ranks[source]))
         if sent.numel():
-            works.append(dist.isend(sent, group=group, tag=tag, group_dst=target))
+            works.append(dist.isend(sent, group=group, tag=tag, group_dst=peers.ranks[target]))
     return works
 
 
 class ReduceWork(dist.Work):
     """A reduce-scatter in blocks: receive a window of blocks, sum the oldest, reuse its room.
 
-    Reduces this rank's chunk of every rank's `chunks` (flat) into `output`, which may be that very chunk.
+    Reduces this rank's chunk of every peer's `chunks` (flat) into `output`, which may be that very chunk.
     With `at_once` the window holds every block, so that all is under way before `wait` is called.
     """
 
@@ -134,27 +145,26 @@ class ReduceWork(dist.Work):
         output: Tensor,
         chunks: Sequence[Tensor],
         op: Any,
-        group: Any,
+        peers: Peers,
         *,
         at_once: bool,
         what: bytes = b"",
     ) -> None:
         super().__init__()
-        self._chunks, self._group, self._what = chunks, group, what
-        self._me, self._world = dist.get_rank(group), len(chunks)
-        mine = chunks[self._me]
-        peers, longest = max(1, self._world - 1), max(chunk.numel() for chunk in chunks)
-        block = max(SMALLEST_BLOCK_BYTES, BLOCK_BYTES // peers) // mine.element_size()
+        self._chunks, self._peers, self._what = chunks, peers, what
+        mine = chunks[peers.me]
+        others, longest = max(1, len(chunks) - 1), max(chunk.numel() for chunk in chunks)
+        block = max(SMALLEST_BLOCK_BYTES, BLOCK_BYTES // others) // mine.element_size()
         self._blocks = [slice(start, min(start + block, longest)) for start in range(0, longest, block)]
         self._window = len(self._blocks) if at_once else min(WINDOW, len(self._blocks))
-        self._incoming = mine.new_empty(self._window, peers, min(block, longest))
+        self._incoming = mine.new_empty(self._window, others, min(block, longest))
         self._summing = Summing(output, mine, op, min(block, longest))
         self._pending = [self._post(index) for index in range(self._window)]
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Sum every block as it arrives (raises what torch raises on a lost peer or a timeout)."""
         for index in range(len(self._blocks)):
-            wait_all(self._pending[index], self._what, self._group, timeout)
+            wait_all(self._pending[index], self._what, self._peers.group, timeout)
             self._sum(index)
             if index + self._window < len(self._blocks):
                 self._pending.append(self._post(index + self._window))
@@ -167,19 +177,18 @@ class ReduceWork(dist.Work):
 
     def _post(self, index: int) -> list[Any]:
         block, room = self._blocks[index], self._incoming[index % self._window]
-        mine = self._chunks[self._me][block].numel()
+        me = self._peers.me
+        mine = self._chunks[me][block].numel()
         return _exchange(
-            lambda rank: self._chunks[rank][block],
-            lambda rank: room[rank - (rank > self._me), :mine],
-            self._me,
-            self._world,
-            self._group,
+            lambda place: self._chunks[place][block],
+            lambda place: room[place - (place > me), :mine],
+            self._peers,
             self._what,
         )
 
     def _sum(self, index: int) -> None:
         block, room = self._blocks[index], self._incoming[index % self._window]
-        own = self._chunks[self._me][block]
-        parts = [room[slot, : own.numel()] for slot in range(self._world - 1)]
-        parts.insert(self._me, own)
+        own = self._chunks[self._peers.me][block]
+        parts = [room[slot, : own.numel()] for slot in range(len(self._chunks) - 1)]
+        parts.insert(self._peers.me, own)
         self._summing.reduce(block, parts)

@@ -2,12 +2,14 @@
 
 Every function here starts a collective over the ranks of `group` between tensors on the host and returns its
 Work, or None where it has none for these tensors: then the caller asks torch's own backend. `what` is the words
-of the call (note [Same call, same words]).
+of the call (note [Same call, same words]). `ordered`: all ranks wait for the work in the same order among others,
+because they wait at once, or promise it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,54 +18,72 @@ from torch import Tensor
 
 from deepspeed.comm import direct, shared
 from deepspeed.comm.calls import guarded
+from deepspeed.comm.hosts import GatherAcross, ReduceAcross, hosts_for, hosts_of
 from deepspeed.comm.links import Links, links_of
+from deepspeed.comm.parts import cut, laid_out
 from deepspeed.comm.summing import is_reducible
 from deepspeed.errors import UsageError
 
 
-def all_gather_single(group: Any, output: Tensor, input: Tensor, what: bytes) -> Any:
+def all_gather_single(group: Any, output: Tensor, input: Tensor, what: bytes, *, ordered: bool) -> Any:
     """Fill `output` with every rank's `input`."""
     if not direct.is_direct(group, output, input) or output.dtype != input.dtype:
         return None
-    return _gather(group, _chunks("all_gather_single", output, input, group), input.view(-1), what)
+    chunks = _chunks("all_gather_single", output, input, group)
+    return _gather(group, chunks, input.view(-1), what, ordered=ordered)
 
 
-def all_gather(group: Any, outputs: Sequence[Tensor], input: Tensor, what: bytes) -> Any:
+def all_gather(group: Any, outputs: Sequence[Tensor], input: Tensor, what: bytes, *, ordered: bool) -> Any:
     """Fill `outputs`, one tensor per rank, from every rank's `input`."""
     if not direct.is_direct(group, input, *outputs) or any(one.shape != input.shape for one in outputs):
         return None
-    return _gather(group, [one.view(-1) for one in outputs], input.view(-1), what)
+    return _gather(group, [one.view(-1) for one in outputs], input.view(-1), what, ordered=ordered)
 
 
 def reduce_scatter_single(
-    group: Any, output: Tensor, input: Tensor, op: Any, async_op: bool, what: bytes
+    group: Any, output: Tensor, input: Tensor, op: Any, what: bytes, *, ordered: bool
 ) -> Any:
     """Leave this rank's chunk of the reduced `input` in `output`, which may have another dtype."""
     if not direct.is_direct(group, output, input) or not is_reducible(input.dtype, op):
         return None
-    chunks = _chunks("reduce_scatter_single", input, output, group)
-    return _reduce(group, output.view(-1), chunks, op, async_op, what)
+    chunks = [[chunk] for chunk in _chunks("reduce_scatter_single", input, output, group)]
+    return _reduce(group, output.view(-1), chunks, op, what, input.dtype, ordered=ordered)
 
 
 def reduce_scatter(
-    group: Any, output: Tensor, inputs: Sequence[Tensor], op: Any, async_op: bool, what: bytes
+    group: Any, output: Tensor, inputs: Sequence[Tensor], op: Any, what: bytes, *, ordered: bool
 ) -> Any:
     """Reduce `inputs`, one tensor per rank, and leave this rank's in `output`."""
     uneven = any(one.shape != output.shape for one in inputs)
     if uneven or not direct.is_direct(group, output, *inputs) or not is_reducible(output.dtype, op):
         return None
-    return _reduce(group, output.view(-1), [one.view(-1) for one in inputs], op, async_op, what)
+    chunks = [[one.view(-1)] for one in inputs]
+    return _reduce(group, output.view(-1), chunks, op, what, output.dtype, ordered=ordered)
 
 
-def all_reduce(group: Any, tensor: Tensor, op: Any, async_op: bool, what: bytes) -> Any:
-    """Reduce `tensor` in place; an asynchronous one may be waited for in any order."""
-    links = links_for(group, tensor, op)
-    if links is None or (async_op and tensor.numel() > shared.SMALL and links.size > shared.FEW):
+def reduce_scatter_parts(group: Any, output: Tensor, parts: Sequence[Tensor], op: Any, what: bytes) -> Any:
+    """Leave this rank's chunk of a reduced message in parts in `output` (flat), by an ordered exchange."""
+    if not _shares_memory(group, output, op):
         return None
-    flat = tensor.view(-1)
-    if tensor.numel() <= shared.SMALL or async_op:
-        return shared.SumWhole(links, flat, op, what)
-    return shared.ReduceEverywhere(links, flat, [flat], op, what)
+    chunks = cut(parts, [output.numel()] * dist.get_world_size(group))
+    return _reduce(group, output, chunks, op, what, output.dtype, ordered=True)
+
+
+def all_reduce(
+    group: Any, tensor: Tensor, op: Any, what: bytes, *, ordered: bool, parts: Sequence[Tensor] = ()
+) -> Any:
+    """Reduce a message into `tensor`: what is in `parts`, or what the tensor has."""
+    if not _shares_memory(group, tensor, op):
+        return None
+    flat, links = tensor.view(-1), links_of(group)
+    large = flat.numel() > shared.SMALL
+    if large and ordered:
+        return _reduce_everywhere(group, flat, parts or [flat], op, what)
+    if links is None or (large and links.size > shared.FEW):
+        return None
+    if parts:
+        laid_out(parts, flat)
+    return shared.SumWhole(links, flat, op, what)
 
 
 def broadcast(group: Any, tensor: Tensor, src: int, async_op: bool, what: bytes) -> Any:
@@ -115,11 +135,6 @@ def barrier(group: Any, what: bytes) -> Any:
     return shared.SumWhole(links, torch.zeros(1, device="cpu"), dist.ReduceOp.SUM, what)
 
 
-def links_for(group: Any, tensor: Tensor, op: Any) -> Links | None:
-    """Return the links of `group` where they can reduce this tensor."""
-    return links_of(group) if direct.is_direct(group, tensor) and is_reducible(tensor.dtype, op) else None
-
-
 def elsewhere(what: bytes, group: Any, links: Links | None, start: Callable[[], Any]) -> Any:
     """Make a call of all ranks that torch's own backend serves, after telling linked peers that it is due.
 
@@ -134,20 +149,53 @@ def elsewhere(what: bytes, group: Any, links: Links | None, start: Callable[[], 
     return guarded(what, start, None if links is None else links.drain)
 
 
-def _gather(group: Any, chunks: Sequence[Tensor], mine: Tensor, what: bytes) -> Any:
-    links = links_of(group)
-    if links is None:
-        return direct.gather(chunks, mine, group, what)
-    return shared.Gather(links, chunks, mine, what)
+def _shares_memory(group: Any, tensor: Tensor, op: Any) -> bool:
+    """Tell whether ranks that share memory reduce such tensors through it, on one host or on several."""
+    if not direct.is_direct(group, tensor) or not is_reducible(tensor.dtype, op):
+        return False
+    return links_of(group) is not None or hosts_for(group, tensor.dtype, op) is not None
+
+
+@torch.no_grad()
+def _gather(group: Any, chunks: Sequence[Tensor], mine: Tensor, what: bytes, *, ordered: bool) -> Any:
+    own = chunks[dist.get_rank(group)]
+    if own.data_ptr() != mine.data_ptr():
+        own.copy_(mine)
+    links, hosts = links_of(group), hosts_of(group)
+    if links is not None:
+        return shared.Gather(links, [[chunk] for chunk in chunks], what)
+    if hosts is not None and ordered:
+        return GatherAcross(hosts, chunks, group, what)
+    return direct.gather(chunks, direct.Peers.all_of(group), what)
 
 
 def _reduce(
-    group: Any, output: Tensor, chunks: Sequence[Tensor], op: Any, async_op: bool, what: bytes
+    group: Any,
+    output: Tensor,
+    chunks: Sequence[Sequence[Tensor]],
+    op: Any,
+    what: bytes,
+    dtype: torch.dtype,
+    *,
+    ordered: bool,
 ) -> Any:
-    links = links_of(group)
-    if links is None:
-        return direct.ReduceWork(output, chunks, op, group, at_once=async_op, what=what)
-    return shared.Reduce(links, output, [[chunk] for chunk in chunks], op, what, chunks[0].dtype)
+    """Reduce this rank's of `chunks`, in parts; `dtype` is that of the message."""
+    links, hosts = links_of(group), hosts_for(group, dtype, op)
+    if links is not None:
+        return shared.Reduce(links, output, chunks, op, what, dtype)
+    if hosts is not None and ordered:
+        return ReduceAcross(hosts, output, chunks, op, group, what, dtype)
+    whole, peers = [parts[0] for parts in chunks], direct.Peers.all_of(group)
+    return direct.ReduceWork(output, whole, op, peers, at_once=not ordered, what=what)
+
+
+def _reduce_everywhere(group: Any, output: Tensor, parts: Sequence[Tensor], op: Any, what: bytes) -> Any:
+    """Reduce a message in parts into every rank's `output` (flat), a chunk on each rank first."""
+    chunks, me = output.tensor_split(dist.get_world_size(group)), dist.get_rank(group)
+    pieces = cut(parts, [chunk.numel() for chunk in chunks])
+    work = _reduce(group, chunks[me], pieces, op, what, output.dtype, ordered=True)
+    gather = partial(_gather, group, chunks, chunks[me], what, ordered=True)
+    return shared.ReduceEverywhere(work, gather)
 
 
 def _chunks(name: str, whole: Tensor, part: Tensor, group: Any) -> tuple[Tensor, ...]:

@@ -27,6 +27,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -324,33 +325,62 @@ def _close(sockets: list[socket.socket], descriptors: dict[int, int]) -> None:
         os.close(descriptor)
 
 
-_LINKS: weakref.WeakKeyDictionary[dist.ProcessGroup, Links | None] = weakref.WeakKeyDictionary()
+@dataclass(frozen=True)
+class Neighbours:
+    """The ranks of a group that share a host with this one, and who shares which."""
+
+    links: Links
+    hosts: tuple[tuple[int, ...], ...]
+    """Ranks of the group on each host, as many on one as on the other."""
+
+
+_NEIGHBOURS: weakref.WeakKeyDictionary[dist.ProcessGroup, Neighbours | None] = weakref.WeakKeyDictionary()
 """What torch cannot keep on a group itself; an entry goes when its group does."""
 
 
-def links_of(group: dist.ProcessGroup | None) -> Links | None:
-    """Return a group's links, made when its first collective asks; None where its ranks share no memory."""
+def neighbours_of(group: dist.ProcessGroup | None) -> Neighbours | None:
+    """Return this rank's neighbours, linked when a group's first collective asks; None on all ranks, or on none."""
     key: Any = dist.group.WORLD if group is None else group
-    if key not in _LINKS:
-        _LINKS[key] = _connect(key)
-    return _LINKS[key]
+    if key not in _NEIGHBOURS:
+        _NEIGHBOURS[key] = _connect(key)
+    return _NEIGHBOURS[key]
 
 
-def _connect(group: Any) -> Links | None:
-    """Link all ranks of a group, or none."""
-    size = dist.get_world_size(group)
+def links_of(group: dist.ProcessGroup | None) -> Links | None:
+    """Return a group's links; None where its ranks do not all share memory."""
+    found = neighbours_of(group)
+    return found.links if found is not None and len(found.hosts) == 1 else None
+
+
+def _connect(group: Any) -> Neighbours | None:
+    """Link the ranks of a group on every host, or on none."""
+    size, me = dist.get_world_size(group), dist.get_rank(group)
     if size == 1:
         return None
-    backend = group._get_backend(torch.device("cpu"))
-    listener, rank = _listen(size), dist.get_rank(group)
-    offers = _told(backend, f"{_host()}/{_address(listener)}", size)
-    hosts, names = zip(*(offer.split("/") for offer in offers), strict=True)
+    backend, listener = group._get_backend(torch.device("cpu")), _listen(size)
+    offers = [offer.split("/") for offer in _told(backend, f"{_host()}/{_address(listener)}", size)]
+    hosts = _by_host([host if name else "" for host, name in offers])
+    near = next((ranks for ranks in hosts if me in ranks), ())
     sockets = None
-    if listener is not None and all(names) and len(set(hosts)) == 1:
-        sockets = _meet(listener, rank, names)
+    if listener is not None:
+        with listener:
+            sockets = _meet(listener, near.index(me), [offers[rank][1] for rank in near]) if near else None
     if not all(_told(backend, "" if sockets is None else "met", size)) or sockets is None:
         return None
-    return Links(rank, sockets, backend.options._timeout, dist.get_process_group_ranks(group))
+    everyone = dist.get_process_group_ranks(group)
+    links = Links(near.index(me), sockets, backend.options._timeout, [everyone[rank] for rank in near])
+    return Neighbours(links, hosts)
+
+
+def _by_host(names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Sort ranks by the names of their hosts; nothing if one has no name or no neighbour, or counts differ."""
+    found: dict[str, list[int]] = {}
+    for rank, name in enumerate(names):
+        found.setdefault(name, []).append(rank)
+    counts = {len(ranks) for ranks in found.values()}
+    if "" in found or 1 in counts or len(counts) > 1:
+        return ()
+    return tuple(tuple(ranks) for ranks in found.values())
 
 
 def _told(backend: Any, said: str, size: int) -> list[str]:
@@ -396,17 +426,16 @@ def _meet(listener: socket.socket, rank: int, names: Sequence[str]) -> dict[int,
     """Connect to the lower ranks and let the higher ones connect."""
     sockets = {}
     try:
-        with listener:
-            for peer in range(rank):
-                sockets[peer] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                sockets[peer].settimeout(PATIENCE)
-                sockets[peer].connect(f"\0{names[peer]}")
-                sockets[peer].send(rank.to_bytes(8, "little"))
-            while len(sockets) < len(names) - 1:
-                link, _ = listener.accept()
-                link.settimeout(PATIENCE)
-                if _user_of(link) == os.getuid():
-                    sockets[int.from_bytes(link.recv(8), "little")] = link
+        for peer in range(rank):
+            sockets[peer] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            sockets[peer].settimeout(PATIENCE)
+            sockets[peer].connect(f"\0{names[peer]}")
+            sockets[peer].send(rank.to_bytes(8, "little"))
+        while len(sockets) < len(names) - 1:
+            link, _ = listener.accept()
+            link.settimeout(PATIENCE)
+            if _user_of(link) == os.getuid():
+                sockets[int.from_bytes(link.recv(8), "little")] = link
     except OSError:
         return None
     return sockets

@@ -15,7 +15,7 @@ Note [Reading where it was written]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepspeed.comm.links import Links
-from deepspeed.comm.parts import cut, laid_out, numel_of
+from deepspeed.comm.parts import laid_out, numel_of
 from deepspeed.comm.summing import reduce_parts
 from deepspeed.errors import CommunicationError
 
@@ -73,20 +73,19 @@ class SharedWork(dist.Work):
 
 
 class Gather(SharedWork):
-    """Fill `chunks`, one flat tensor per rank, from every rank's `mine`."""
+    """Fill every rank's chunk, in parts (flat, of one dtype); this rank's own are in their place."""
 
-    def __init__(self, links: Links, chunks: Sequence[Tensor], mine: Tensor, what: bytes = b"") -> None:
-        super().__init__(links, [mine], what)
+    def __init__(self, links: Links, chunks: Sequence[Sequence[Tensor]], what: bytes = b"") -> None:
+        super().__init__(links, chunks[links.rank], what)
         self._chunks = chunks
-        if chunks[links.rank].data_ptr() != mine.data_ptr():
-            with torch.no_grad():
-                chunks[links.rank].copy_(mine)
 
     def _finish(self) -> None:
-        for rank, chunk in enumerate(self._chunks):
+        for rank, parts in enumerate(self._chunks):
             if rank != self._links.rank:
                 room = self._links.awaited(rank, self._call)
-                chunk.copy_(room.view(chunk.numel(), chunk.dtype))
+                theirs = room.view(numel_of(parts), parts[0].dtype)
+                for part, found in zip(parts, theirs.split([part.numel() for part in parts]), strict=True):
+                    part.copy_(found)
         self._links.done(self._call)
 
 
@@ -220,29 +219,21 @@ class ReduceEverywhere(dist.Work):
     """An all-reduce of a large message; its second exchange begins when it is waited for.
 
     Args:
-        links: to the peers.
-        output: flat.
-        parts: of this rank's message (see note [Parts]); may be `output` alone.
-        op: of the reduction.
-        what: words of the call.
+        reduce: leaves this rank's chunk of the sum in its place.
+        gather: starts to collect the others'.
     """
 
-    def __init__(
-        self, links: Links, output: Tensor, parts: Sequence[Tensor], op: Any, what: bytes = b""
-    ) -> None:
+    def __init__(self, reduce: dist.Work, gather: Callable[[], dist.Work]) -> None:
         super().__init__()
-        self._links, self._what = links, what
-        self._chunks = output.tensor_split(links.size)
-        pieces = cut(parts, [chunk.numel() for chunk in self._chunks])
-        self._reduce: Reduce | None = Reduce(links, self._chunks[links.rank], pieces, op, what)
+        self._reduce: dist.Work | None = reduce
+        self._gather = gather
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until the sum is in place (CommunicationError: a peer is gone or late)."""
         if self._reduce is not None:
             self._reduce.wait()
             self._reduce = None
-            mine = self._chunks[self._links.rank]
-            Gather(self._links, self._chunks, mine, self._what).wait()
+            self._gather().wait()
         return True
 
     def is_completed(self) -> bool:

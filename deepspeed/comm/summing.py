@@ -18,6 +18,11 @@ def is_reducible(dtype: torch.dtype, op: Any) -> bool:
     return op in REDUCIBLE and dtype is not torch.bool and not dtype.is_complex
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that tensors of `dtype` are summed in."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
 class Summing:
     """Reduce parts block by block into an output.
 
@@ -30,8 +35,7 @@ class Summing:
 
     def __init__(self, output: Tensor, mine: Tensor, op: Any, block: int) -> None:
         self._output, self._op = output, op
-        narrow = mine.is_floating_point() and mine.element_size() < 4
-        wide = torch.float32 if narrow else mine.dtype
+        wide = sum_dtype(mine.dtype)
         in_place = output.dtype == wide and output.data_ptr() != mine.data_ptr()
         self._scratch = None if in_place else mine.new_empty(block, dtype=wide)
 

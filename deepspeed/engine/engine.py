@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.common.logging import logger, warn_once
 from deepspeed.common.nested import tensors_in
 from deepspeed.common.timers import ThroughputTimer
@@ -352,7 +353,7 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         return self._compiled_blocks or self.module._compiled_call_impl is not None
 
     def destroy(self) -> None:
-        """Take the engine off the module: hooks are removed, buffers freed.
+        """Take the engine off the module: hooks are removed, buffers freed, unused memory given back.
 
         Parameters stay where they are: whole, or at stage 3 sharded as ``zero.Init`` leaves them, to be read
         under ``zero.GatheredParameters`` or given to another engine.
@@ -367,6 +368,7 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
             feature.close()
         self._features = []
         self.optimizer = self._zero = self._reducer = self._gatherer = self.lr_scheduler = None
+        get_accelerator().empty_cache()
 
     def _training_parts(self, call: str) -> tuple[Any, Any]:
         if self._zero is None or self._reducer is None:

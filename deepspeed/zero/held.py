@@ -82,7 +82,7 @@ class Held:
         """Begin to fill the rows of a flat (spread ranks, hold ranks, chunk); what is returned is waited for."""
         group = self._sharding.hold_group.process_group
         return [
-            comm.all_gather_single(row.view(-1), own, group=group, async_op=True, label=self._label)
+            comm.start_all_gather(row.view(-1), own, group, self._label)
             for row, own in zip(rows, self._rows, strict=True)
         ]
 
@@ -112,17 +112,13 @@ class Held:
         """Give a tensor on `device` for new values of a range of this rank's shard; they are kept at the end."""
         return nullcontext(self.read_mine(start, stop))
 
-    def spread(self, label: str, *, async_op: bool) -> dist.Work | None:
-        """Send this rank's shard to the ranks that hold a copy of it."""
+    def spread(self, label: str) -> dist.Work | None:
+        """Begin to send this rank's shard to the ranks that hold a copy of it."""
         group = self._sharding.spread_group
         if group.size == 1:
             return None
-        work: dist.Work | None = comm.all_gather_single(
-            self._rows.view(-1),
-            self._rows[group.rank],
-            group=group.process_group,
-            async_op=async_op,
-            label=label,
+        work: dist.Work = comm.start_all_gather(
+            self._rows.view(-1), self._rows[group.rank], group.process_group, label
         )
         return work
 
@@ -306,7 +302,7 @@ class HeldOnDisk(Held):
         with self._tier.written_behind(self._extent, start * size, (stop - start) * size) as buffer:
             yield buffer.view(dtype)
 
-    def spread(self, label: str, *, async_op: bool) -> dist.Work | None:
+    def spread(self, label: str) -> dist.Work | None:
         return None
 
     @property
@@ -348,9 +344,7 @@ class GatherFromDisk:
 
 def _gather(row: Tensor, near: RankGroup, label: str) -> Waitable:
     """Begin to fill a row (hold ranks, chunk) of which this rank's chunk is in its place."""
-    work: dist.Work = comm.all_gather_single(
-        row.view(-1), row[near.rank], group=near.process_group, async_op=True, label=label
-    )
+    work: dist.Work = comm.start_all_gather(row.view(-1), row[near.rank], near.process_group, label)
     return work
 
 

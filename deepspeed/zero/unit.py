@@ -421,7 +421,10 @@ class Unit:
     def publish(self, *, async_op: bool = False) -> dist.Work | None:
         """Spread this rank's shard to the ranks that hold a copy of it, once it was updated in storage."""
         self.updates += 1
-        return self.held.spread(f"step of {self.label}", async_op=async_op)
+        work = self.held.spread(f"step of {self.label}")
+        if work is not None and not async_op:
+            work.wait()
+        return work
 
 
 def _master_of(unit: Unit, given: Tensor, device: torch.device | None) -> Tensor:

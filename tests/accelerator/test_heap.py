@@ -61,3 +61,27 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
 def test_settings_of_the_user_win(setting: dict[str, str]) -> None:
     faults, _ = run_steps(**setting)
     assert faults > 10_000
+
+
+DESTROYED = """
+import psutil, torch, deepspeed
+
+def resident():
+    return psutil.Process().memory_info().rss
+
+model = torch.nn.Sequential(*[torch.nn.Linear(512, 512) for _ in range(4)])
+config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW"}}
+engine, *_ = deepspeed.initialize(model=model, config=config)
+for _ in range(2):
+    engine.backward(engine(torch.ones(8192, 512)).sum())  # 16 MiB for each activation
+    engine.step()
+kept = resident()
+engine.destroy()
+print(kept - resident())
+"""
+
+
+@glibc
+def test_a_destroyed_engine_gives_back_what_its_steps_used() -> None:
+    done = subprocess.run([sys.executable, "-c", DESTROYED], capture_output=True, text=True, check=True)
+    assert int(done.stdout.splitlines()[-1]) > 40 * 2**20

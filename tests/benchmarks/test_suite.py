@@ -197,11 +197,14 @@ def test_figures_of_other_work_are_not_in_the_overview(load: Load, tmp_path: Pat
     assert "offload" in page.splitlines()[-1]
 
 
-def test_a_setting_changes_only_its_work_rows_and_name(load: Load) -> None:
+def test_a_setting_changes_only_its_name_work_rows_and_steps(load: Load) -> None:
     setting = load("suite_settings").SETTINGS[-1]
     base = load("comparison_options").Options(pairs=7, note="here")
 
     options = setting.options(base)
 
-    assert replace(options, work=base.work, rows=base.rows, name=base.name) == base
+    same = replace(options, work=base.work, rows=base.rows, name=base.name)
+    assert replace(same, steps=base.steps, warmup=base.warmup) == base
     assert asdict(options.work) == asdict(setting.work)
+    assert (options.steps, options.warmup) == (setting.steps, setting.warmup) < (base.steps, base.warmup)
+    assert setting.options(replace(base, steps=1)).steps == 1

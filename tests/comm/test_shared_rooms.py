@@ -193,14 +193,14 @@ def test_who_looks_for_a_peer_that_ended_is_told(linked_pair):
 def test_what_a_peer_sent_before_it_ended_arrives(linked_pair):
     ours, theirs = linked_pair
     chunks = [torch.empty(2), torch.empty(2)]
-    work = shared.Gather(ours, chunks, torch.zeros(2))
-    shared.Gather(theirs, [torch.empty(2), torch.empty(2)], torch.ones(2))
+    work = shared.Gather(ours, [[chunk] for chunk in chunks])
+    shared.Gather(theirs, [[torch.empty(2)], [torch.ones(2)]])
     theirs.close()  # with our signal unread
     assert work.is_completed()
     assert work.wait()
     assert chunks[1].tolist() == [1, 1]
     with pytest.raises(CommunicationError, match="rank 1 ended"):
-        shared.Gather(ours, chunks, torch.zeros(2))
+        shared.Gather(ours, [[chunk] for chunk in chunks])
 
 
 def test_a_peer_that_never_comes_is_named_after_the_timeout(linked_pair):
@@ -213,10 +213,10 @@ def test_a_peer_that_never_comes_is_named_after_the_timeout(linked_pair):
 
 def test_a_room_is_not_written_while_a_peer_still_reads_it(linked_pair):
     ours, theirs = linked_pair
-    first = shared.Gather(ours, [torch.empty(2), torch.empty(2)], torch.tensor([1.0, 2.0]))
-    second = shared.Gather(ours, [torch.empty(2), torch.empty(2)], torch.tensor([3.0, 4.0]))
+    first = shared.Gather(ours, [[torch.tensor([1.0, 2.0])], [torch.empty(2)]])
+    second = shared.Gather(ours, [[torch.tensor([3.0, 4.0])], [torch.empty(2)]])
     chunks = [[torch.empty(2), torch.empty(2)] for _ in range(2)]
-    late = [shared.Gather(theirs, one, torch.zeros(2)) for one in chunks]
+    late = [shared.Gather(theirs, [[chunk] for chunk in one]) for one in chunks]
     reader = threading.Thread(target=lambda: [work.wait() for work in late])
     reader.start()
     for work in (first, second):
@@ -360,7 +360,7 @@ def test_a_peer_that_sends_other_sizes_than_expected_is_named(linked_pair):
 
 def test_a_peer_whose_tensor_went_another_way_is_named(linked_pair):
     ours, theirs = linked_pair
-    work = shared.Gather(ours, [torch.empty(2), torch.empty(2)], torch.zeros(2))
+    work = shared.Gather(ours, [[torch.zeros(2)], [torch.empty(2)]])
     theirs.note(b"")
     with pytest.raises(CommunicationError, match="with tensors of another kind than rank 0"):
         work.wait()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from collectives import ranks_on_hosts
 from harness import run_on_ranks
 from training import TOLERANCE, assert_equal_training, config_for, train_both
+
+from deepspeed.comm import shared
 
 
 def parity(stage, precision, gas, clip, model, zero):
@@ -78,3 +81,24 @@ SHARDINGS = [
 )
 def test_what_stage_3_keeps_and_releases_changes_memory_only(model, zero):
     run_on_ranks(4, parity, 3, "bf16" if "frozen" in model else "fp32", 2, 0.5, model, zero)
+
+
+def parity_over_hosts(*settings):
+    small, shared.SMALL = shared.SMALL, 8  # the toys are small
+    try:
+        with ranks_on_hosts(2):
+            parity(*settings)
+    finally:
+        shared.SMALL = small
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_ranks_of_two_hosts(stage, precision):
+    run_on_ranks(4, parity_over_hosts, stage, precision, 2, 0.5, {"tied": True, "unused": True}, {})
+
+
+@pytest.mark.parametrize("zero", SHARDINGS[2:], ids=str)
+def test_what_stage_3_releases_over_two_hosts(zero):
+    model = {"frozen": True, "checkpointing": "non_reentrant"}
+    run_on_ranks(4, parity_over_hosts, 3, "bf16", 2, 0.5, model, zero)

@@ -19,11 +19,9 @@ from deepspeed import comm
 class LateWork:
     """Completes when waited for; the output holds NaN until then."""
 
-    def __init__(self, call, output: Tensor, source: Tensor, log: list) -> None:
+    def __init__(self, call, output: Tensor, source: Tensor | list[Tensor], log: list) -> None:
         self._log, self._result = log, torch.empty_like(output)
         self._output = output
-        self._source = source.clone()
-        self._call = call
         self._work = call(self._result, source)
         output.fill_(float("nan"))
         log.append(self)
@@ -42,18 +40,16 @@ class LateWork:
 @contextmanager
 def late_communication(seed: int):
     rng = random.Random(seed)
-    calls = {name: getattr(comm, name) for name in ("all_gather_single", "reduce_scatter_single")}
+    calls = {name: getattr(comm, name) for name in ("start_all_gather", "start_reduce_scatter")}
     in_flight: list = []
 
     def late(name):
-        def call(output, source, *args, async_op=False, **kwargs):
-            if not async_op or output.numel() == 0:
-                return calls[name](output, source, *args, async_op=async_op, **kwargs)
-            inner = lambda out, given: calls[name](out, given, *args, async_op=True, **kwargs)  # noqa: E731
-            if source.untyped_storage().data_ptr() == output.untyped_storage().data_ptr():
-                source = source.clone()
-            if rng.random() < 0.2:  # done at once, sometimes
+        def call(output, source, *args, **kwargs):
+            inner = lambda out, given: calls[name](out, given, *args, **kwargs)  # noqa: E731
+            if output.numel() == 0 or rng.random() < 0.2:  # done at once, sometimes
                 return inner(output, source)
+            if name == "start_all_gather":
+                source = source.clone()  # it may be a part of what is spoiled
             return LateWork(inner, output, source, in_flight)
 
         return call
