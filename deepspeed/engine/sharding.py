@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.direct import is_on_host
+from deepspeed.comm.links import links_of
 from deepspeed.config import DeepSpeedConfig
 from deepspeed.engine.optimizers import leaf_kind
 from deepspeed.errors import ConfigError
@@ -49,9 +51,16 @@ def choose_sharding(settings: DeepSpeedConfig, data_parallel: RankGroup) -> Shar
         int(zero.stage),
         data_parallel,
         away=leave_device(zero.offload_param, device),
+        near=_share_memory(data_parallel, device),
         mics_size=zero.mics_shard_size,
         hpz_size=zero.zero_hpz_partition_size,
     )
+
+
+def _share_memory(ranks: RankGroup, device: torch.device) -> bool:
+    """Tell whether tensors on `device` go from rank to rank through memory; a collective."""
+    group = ranks.process_group
+    return ranks.size > 1 and device.type == "cpu" and is_on_host(group) and links_of(group) is not None
 
 
 def shard_module(

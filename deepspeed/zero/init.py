@@ -121,7 +121,8 @@ class Init:
             group = mpu.get_data_parallel_group()
         source = config_dict_or_path if config_dict_or_path is not None else config
         self._dtype = dtype
-        sizes, offload, self._aio = {}, None, AioSection()
+        sizes: dict[str, Any] = {}
+        offload, self._aio = None, AioSection()
         if source is not None:
             settings = read_config(source, bf16_supported=get_accelerator().is_bf16_supported())
             zero = settings.zero_optimization

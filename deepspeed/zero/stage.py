@@ -2,11 +2,14 @@
 
     stage   shard group   hold group   parameters between uses   gradients reduced        master + moments
     0       {me}          {me}         whole                     accumulation boundary    whole
-    1       all dp        {me}         whole                     accumulation boundary    my shard
+    1       all dp        {me}         whole                     accumulation boundary*   my shard
     2       all dp        {me}         whole                     every backward           my shard
     3       all dp        all dp       my shard                  every backward           my shard
     hpZ     all dp        neighbours   my part of their whole    every backward           my shard
     MiCS    neighbours    neighbours   my shard                  every backward           my shard
+
+* Every backward where ranks share memory: sending takes no longer there than adding up, and a rank keeps the sums of
+its shard instead of all.
 
 Sources: ZeRO (arXiv 1910.02054); MiCS (arXiv 2205.00119); hpZ is part of ZeRO++ (arXiv 2306.10209).
 """
@@ -85,7 +88,13 @@ class Sharding:
 
 
 def sharding_for_stage(
-    stage: int, data_parallel: RankGroup, *, mics_size: int = -1, hpz_size: int = 1, away: bool = False
+    stage: int,
+    data_parallel: RankGroup,
+    *,
+    mics_size: int = -1,
+    hpz_size: int = 1,
+    away: bool = False,
+    near: bool = False,
 ) -> Sharding:
     """Turn a stage (0 to 3) into its meaning over the data-parallel ranks.
 
@@ -95,6 +104,7 @@ def sharding_for_stage(
         mics_size: ranks that share one copy of everything (stage 3); below 1: all.
         hpz_size: ranks that share one copy of the parameters (stage 3); 1: all.
         away: whether parameters leave the device between uses (stage 3).
+        near: whether the data-parallel ranks share memory.
 
     Raises:
         ConfigError: a size that does not divide the number of ranks, or both at once.
@@ -103,7 +113,7 @@ def sharding_for_stage(
     if stage == 0:
         return Sharding(me, world, me, me, world, reduce_every_backward=False)
     if stage < 3:
-        return Sharding(world, me, me, world, world, reduce_every_backward=stage == 2)
+        return Sharding(world, me, me, world, world, reduce_every_backward=stage == 2 or near)
     if mics_size > 0 and hpz_size > 1:
         raise ConfigError(
             f"zero_optimization.zero_hpz_partition_size: expected 1 beside mics_shard_size {mics_size}, got "
