@@ -144,8 +144,8 @@ def _serve(pipe: Connection, rank: int, count: int, port: int, path: list[str], 
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    if backend != "gloo":
-        importlib.import_module("deepspeed.comm")  # makes its own known
+    if backend == "shm":
+        importlib.import_module("deepspeed.comm").register_shm()
     dist.init_process_group(backend, rank=rank, world_size=count)
     warnings.simplefilter("error")
     while True:

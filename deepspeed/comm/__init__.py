@@ -1,8 +1,8 @@
 """``torch.distributed`` with timing and logging, under the same names: ``deepspeed.comm``.
 
 Every function takes torch's arguments and returns torch's Work when ``async_op=True``. Gathering, reducing
-and scattering between CPU ranks is faster here: see note [direct exchange on gloo]. Importing this makes the
-backend ``shm`` known to torch, see note [A backend of torch's].
+and scattering between CPU ranks is faster here: see note [direct exchange on gloo]. `register_shm`
+makes that known to torch as the backend ``shm``, see note [A backend of torch's].
 """
 
 from torch.distributed import (
@@ -27,7 +27,7 @@ from torch.distributed import (
     scatter_object_list,
 )
 
-from deepspeed.comm import backend as _backend
+from deepspeed.comm.backend import register as register_shm
 from deepspeed.comm.collectives import (
     all_gather,
     all_gather_single,
@@ -66,7 +66,6 @@ reduce_scatter_tensor = reduce_scatter_single
 allgather_fn = all_gather_single
 reduce_scatter_fn = reduce_scatter_single
 
-_backend.register()
 
 __all__ = [
     "P2POp",
@@ -117,6 +116,7 @@ __all__ = [
     "reduce_scatter_fn",
     "reduce_scatter_single",
     "reduce_scatter_tensor",
+    "register_shm",
     "scatter",
     "scatter_object_list",
     "send",

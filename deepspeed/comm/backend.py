@@ -1,13 +1,13 @@
 """A process group under torch.distributed that moves data through memory which the ranks of a host share.
 
 Note [A backend of torch's]
-    Importing ``deepspeed.comm`` registers it as ``shm``, for tensors on the CPU. A group of that kind has the links
+    `register` makes it known as ``shm``, for tensors on the CPU. A group of that kind has the links
     that ``deepspeed.comm`` would give it (note [Rooms and signals]), so calls made by either's functions are
     numbered together, and are the same exchanges. Torch takes it by name only:
 
         torch.distributed.init_process_group("shm")        every group; "cpu:shm" is the same
         torch.distributed.new_group(ranks, backend="shm")  this one
-        deepspeed.init_distributed(dist_backend="shm")
+        deepspeed.init_distributed(dist_backend="shm")     registers it, too
 
     What `deepspeed.comm.exchanges` has no exchange for goes to a gloo backend that the group holds: peers are told,
     so that calls which do not match are still found. Sends and receives go there as they are.
@@ -61,7 +61,7 @@ class SharedMemoryGroup(ProcessGroup):
         """Reduce a tensor in place."""
         opts, (tensor,) = opts or c10d.AllreduceOptions(), tensors
         what = words("all_reduce", tensor.numel(), tensor.dtype)
-        work = exchanges.all_reduce(self, tensor, opts.reduceOp.op, what, ordered=not opts.asyncOp)
+        work = exchanges.all_reduce(self, tensor, opts.reduceOp.op, what, ordered=_is_waited_for(opts))
         return self._started(work, tensors, what, self._gloo.allreduce, tensors, opts)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Any:
@@ -70,23 +70,23 @@ class SharedMemoryGroup(ProcessGroup):
 
     def broadcast(self, tensors: list[Tensor], opts: Any = None) -> Any:
         """Copy a tensor from one rank to all."""
-        opts, (tensor,) = opts or c10d.BroadcastOptions(), tensors
+        opts, tensor = opts or c10d.BroadcastOptions(), exchanges.stored(*tensors)
         source = dist.get_global_rank(self, opts.rootRank)
         what = words(f"broadcast from rank {source}", tensor.numel(), tensor.dtype)
-        work = exchanges.broadcast(self, tensor, source, opts.asyncOp, what)
-        return self._started(work, tensors, what, self._gloo.broadcast, tensors, opts)
+        work = exchanges.broadcast(self, tensor, source, not _is_waited_for(opts), what)
+        return self._started(work, tensors, what, self._gloo.broadcast, [tensor], opts)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Any:
         """Collect the tensors of all ranks, one by one."""
         opts, (output,), (input,) = opts or c10d.AllgatherOptions(), outputs, inputs
         what = words("all_gather", input.numel(), input.dtype)
-        work = exchanges.all_gather(self, output, input, what, ordered=not opts.asyncOp)
+        work = exchanges.all_gather(self, output, input, what, ordered=_is_waited_for(opts))
         return self._started(work, output, what, self._gloo.allgather, outputs, inputs, opts)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
         """Collect the tensors of all ranks in one."""
         opts, what = opts or c10d.AllgatherOptions(), words("all_gather_single", input.numel(), input.dtype)
-        work = exchanges.all_gather_single(self, output, input, what, ordered=not opts.asyncOp)
+        work = exchanges.all_gather_single(self, output, input, what, ordered=_is_waited_for(opts))
         return self._started(work, [output], what, self._gloo._allgather_base, output, input, opts)
 
     def all_gather_single_coalesced(
@@ -100,7 +100,7 @@ class SharedMemoryGroup(ProcessGroup):
         """Reduce one tensor for each rank."""
         opts, (output,), (input,) = opts or c10d.ReduceScatterOptions(), outputs, inputs
         what = words("reduce_scatter", output.numel(), output.dtype)
-        op, ordered = opts.reduceOp.op, not opts.asyncOp
+        op, ordered = opts.reduceOp.op, _is_waited_for(opts)
         work = exchanges.reduce_scatter(self, output, input, op, what, ordered=ordered)
         return self._started(work, outputs, what, self._gloo.reduce_scatter, outputs, inputs, opts)
 
@@ -108,7 +108,7 @@ class SharedMemoryGroup(ProcessGroup):
         """Reduce a tensor that holds a chunk for each rank."""
         opts = opts or c10d.ReduceScatterOptions()
         what = words("reduce_scatter_single", input.numel(), input.dtype)
-        op, ordered = opts.reduceOp.op, not opts.asyncOp
+        op, ordered = opts.reduceOp.op, _is_waited_for(opts)
         work = exchanges.reduce_scatter_single(self, output, input, op, what, ordered=ordered)
         return self._started(work, [output], what, self._gloo._reduce_scatter_base, output, input, opts)
 
@@ -199,7 +199,10 @@ class ExchangeWork(dist.Work):
         return bool(self._work.wait())
 
     def is_completed(self) -> bool:
-        """Tell whether the data is in place; what has arrived is put there."""
+        """Tell whether the data is in place; what has arrived is put there.
+
+        Among hosts that is not known before `wait`: gloo does not say it of sends and receives.
+        """
         return bool(self._work.is_completed())
 
     def result(self) -> list[Tensor]:
@@ -214,7 +217,15 @@ class ExchangeWork(dist.Work):
         return future
 
 
+def _is_waited_for(opts: Any) -> bool:
+    """Tell whether torch's function waits itself; older versions do not say."""
+    return not getattr(opts, "asyncOp", True)
+
+
 def register() -> None:
-    """Make the backend known to torch, where it has gloo; once more is harmless."""
+    """Make the backend known to torch, where it has gloo; once more is harmless.
+
+    Not done on import: torch gives a group of "cpu:gloo" no default backend once any other is registered.
+    """
     if dist.is_available() and dist.is_gloo_available():
         dist.Backend.register_backend(NAME, SharedMemoryGroup, devices=["cpu"])

@@ -96,7 +96,7 @@ def guarded(what: bytes, start: Callable[[], Any], on_loss: Callable[[], object]
     try:
         return start()
     except RuntimeError as error:
-        if not any(word in str(error) for word in LOST):
+        if isinstance(error, CommunicationError) or not any(word in str(error) for word in LOST):
             raise
         if on_loss is not None:
             on_loss()

@@ -1,6 +1,6 @@
 """Which exchange a collective is, under whatever name it is called.
 
-Every function here starts a collective over the ranks of `group` between tensors on the host and returns its
+The functions named like collectives start one over the ranks of `group` between tensors on the host and returns its
 Work, or None where it has none for these tensors: then the caller asks torch's own backend. `what` is the words
 of the call (note [Same call, same words]). `ordered`: all ranks wait for the work in the same order among others,
 because they wait at once, or promise it.
@@ -87,8 +87,7 @@ def all_reduce(
 
 
 def broadcast(group: Any, tensor: Tensor, src: int, async_op: bool, what: bytes) -> Any:
-    """Copy the tensor of global rank `src` to every rank; an expanded one moves what it has in memory."""
-    tensor = _stored(tensor)
+    """Copy the tensor of global rank `src` to every rank."""
     links = links_of(group) if direct.is_on_host(group, tensor) else None
     if links is None:
         return None
@@ -209,8 +208,8 @@ def _chunks(name: str, whole: Tensor, part: Tensor, group: Any) -> tuple[Tensor,
     return whole.view(-1).chunk(world) if part.numel() else (whole.view(-1),) * world
 
 
-def _stored(tensor: Tensor) -> Tensor:
-    """Return the elements that an expanded tensor has in memory, once each."""
+def stored(tensor: Tensor) -> Tensor:
+    """Return the elements that an expanded tensor has in memory, once each: what a broadcast moves."""
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)

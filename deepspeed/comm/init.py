@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.backend import NAME as SHM
+from deepspeed.comm.backend import register
 from deepspeed.comm.environment import (
     Place,
     current_place,
@@ -100,8 +101,10 @@ def default_backend() -> str:
 
 def _checked_backend(asked: str | None) -> str:
     backend = asked or default_backend()
-    for part in backend.split(","):
-        name = part.rpartition(":")[2].strip().lower()
+    names = [part.rpartition(":")[2].strip().lower() for part in backend.split(",")]
+    if SHM in names:
+        register()
+    for name in names:
         known = name in dist.Backend.backend_list and name != "undefined"
         if not known or not dist.is_backend_available(name):
             raise ConfigError(

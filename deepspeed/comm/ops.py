@@ -43,6 +43,7 @@ def initialize_mesh_device(mesh_shape: tuple[int, ...], mesh_dim_names: tuple[st
 def broadcast(tensor: Tensor, src: int, group: Any = None, async_op: bool = False, label: str = "") -> Any:
     """Send `tensor` from global rank `src` to every rank of `group`; `label` names it in errors."""
     what = words(f"broadcast from rank {src}", tensor.numel(), tensor.dtype, label)
+    tensor = exchanges.stored(tensor)
     work = exchanges.broadcast(group, tensor, src, async_op, what)
     if work is None:
         return by_torch(what, group, dist.broadcast, tensor, src, async_op=async_op)

@@ -43,14 +43,21 @@ class SharedWork(dist.Work):
         super().__init__()
         self._links, self._what = links, what
         self._finished = False
+        self._failure: CommunicationError | None = None
         self._call = self._write(written, dtype)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until the result is in place (CommunicationError: a peer is gone or late)."""
+        if self._failure is not None:
+            raise self._failure
         if not self._finished:
             self._finished = True
-            with torch.inference_mode():  # where tensors made in that mode may be written to
-                self._finish()
+            try:
+                with torch.inference_mode():  # where tensors made in that mode may be written to
+                    self._finish()
+            except CommunicationError as error:
+                self._failure = error
+                raise
         return True
 
     def is_completed(self) -> bool:

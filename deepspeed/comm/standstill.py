@@ -33,7 +33,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from deepspeed.comm import direct, exchanges, links
+from deepspeed.comm import direct, exchanges, hosts, links
 from deepspeed.comm.calls import place, readable
 
 SECOND = 1.0  # between two looks
@@ -49,6 +49,8 @@ TORCHS = frozenset(distributed_c10d.__all__) - {
     "batch_isend_irecv",
     "new_group",
 }
+ACROSS = frozenset({hosts.GatherAcross.wait.__code__, hosts.ReduceAcross.wait.__code__})
+"""Waits of two halves, in which ranks of one call may be in different ones."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,14 @@ def _look(store: Any, world: Any, stop: threading.Event) -> None:
 def waiting(frame: FrameType | None) -> Wait | None:
     """Find the call of all ranks of a group that a stack waits in.
 
-    That is the one that the ranks have counted, else the outermost one, as ranks would call it.
+    That is the one that the ranks have counted, unless it is a part of one among hosts; else the outermost one,
+    as ranks would call it.
     """
     found = None
     step = frame
-    while step is not None and (found is None or found.number == 0):
-        found = _wait_in(step) or found
+    while step is not None:
+        if step.f_code in ACROSS or found is None or found.number == 0:
+            found = _wait_in(step) or found
         step = step.f_back
     if found is None or frame is None:
         return None
@@ -149,6 +153,9 @@ def _wait_in(frame: FrameType) -> Wait | None:
         return Wait(ours.doing(call), tuple(ours.names), number=call)
     if code is links._connect.__code__:
         return Wait(readable(links.FIRST), _members(frame.f_locals["group"]))
+    if code in ACROSS:
+        work: hosts.GatherAcross | hosts.ReduceAcross = frame.f_locals["self"]
+        return Wait(readable(work.what), _members(work.group))
     if code in (exchanges.elsewhere.__code__, direct.wait_all.__code__):
         return Wait(readable(frame.f_locals["what"]), _members(frame.f_locals["group"]))
     if frame.f_globals is vars(distributed_c10d) and code.co_name in TORCHS and "group" in code.co_varnames:

@@ -361,6 +361,10 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         self.finish_saving()
         self._destroyed = True
         self._watch_hook.remove()
+        self._drop_parts()
+        get_accelerator().empty_cache()
+
+    def _drop_parts(self) -> None:
         owner = self._zero or self._gatherer  # the first detaches the other too
         if owner is not None:
             owner.detach()
@@ -368,7 +372,6 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
             feature.close()
         self._features = []
         self.optimizer = self._zero = self._reducer = self._gatherer = self.lr_scheduler = None
-        get_accelerator().empty_cache()
 
     def _training_parts(self, call: str) -> tuple[Any, Any]:
         if self._zero is None or self._reducer is None:

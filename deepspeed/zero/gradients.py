@@ -147,7 +147,7 @@ class UnitGradients:
         landing = self._empty(self.unit.layout.chunk, self.unit.dtypes.reduce)
         work: torch.distributed.Work | None = None
         if shards.size > 1:
-            work = comm.start_reduce_scatter(landing, parts, shards.process_group, self._label)
+            work = comm.start_reduce_scatter(landing, parts, group=shards.process_group, label=self._label)
             parts = []
         if replicas.size > 1:
             if work is not None:

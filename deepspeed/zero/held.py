@@ -82,7 +82,7 @@ class Held:
         """Begin to fill the rows of a flat (spread ranks, hold ranks, chunk); what is returned is waited for."""
         group = self._sharding.hold_group.process_group
         return [
-            comm.start_all_gather(row.view(-1), own, group, self._label)
+            comm.start_all_gather(row.view(-1), own, group=group, label=self._label)
             for row, own in zip(rows, self._rows, strict=True)
         ]
 
@@ -118,7 +118,7 @@ class Held:
         if group.size == 1:
             return None
         work: dist.Work = comm.start_all_gather(
-            self._rows.view(-1), self._rows[group.rank], group.process_group, label
+            self._rows.view(-1), self._rows[group.rank], group=group.process_group, label=label
         )
         return work
 
@@ -344,7 +344,9 @@ class GatherFromDisk:
 
 def _gather(row: Tensor, near: RankGroup, label: str) -> Waitable:
     """Begin to fill a row (hold ranks, chunk) of which this rank's chunk is in its place."""
-    work: dist.Work = comm.start_all_gather(row.view(-1), row[near.rank], near.process_group, label)
+    work: dist.Work = comm.start_all_gather(
+        row.view(-1), row[near.rank], group=near.process_group, label=label
+    )
     return work
 
 

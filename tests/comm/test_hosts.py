@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from datetime import timedelta
 
 import pytest
@@ -14,6 +15,7 @@ from deepspeed import comm
 from deepspeed.comm import direct, links, shared
 from deepspeed.comm.hosts import GatherAcross, Hosts, ReduceAcross, hosts_of
 from deepspeed.comm.links import SWITCH, links_of
+from deepspeed.errors import CommunicationError
 
 LARGE = shared.SMALL + 5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32]
@@ -177,6 +179,47 @@ def test_a_host_sends_its_sum_once(monkeypatch):
         assert sum(sent) == 1000
     sent.clear()
     comm.barrier()
+
+
+@on_ranks(4)
+def test_exchanges_with_the_same_words_do_not_meet_when_a_rank_is_late():
+    first, second = torch.full((LARGE,), 1.0), torch.full((LARGE,), 10.0)
+    with ranks_on_hosts(2):
+        comm.all_reduce(torch.ones(LARGE), label="before")
+        works = [comm.start_all_reduce(first)]
+        if dist.get_rank() == 3:
+            time.sleep(0.5)
+        works.append(comm.start_all_reduce(second))
+        for work in works:
+            work.wait()
+    assert first.eq(4).all()
+    assert second.eq(40).all()
+
+
+@on_ranks(4)
+def test_exchanges_of_nothing():
+    with ranks_on_hosts(2):
+        assert hosts_of(None) is not None
+        comm.reduce_scatter_single(torch.empty(0), torch.empty(0))
+        comm.all_gather_single(torch.empty(0), torch.empty(0))
+        comm.all_reduce(torch.empty(0))
+
+
+@on_ranks(4)
+def test_an_exchange_that_failed_fails_again_and_sends_nothing(monkeypatch):
+    def lose(self, peer, call):
+        raise CommunicationError(f"peer {peer} ended")
+
+    with ranks_on_hosts(2):
+        work = comm.start_reduce_scatter(torch.empty(2), [torch.ones(8)])
+        with monkeypatch.context() as broken:
+            broken.setattr(links.Links, "awaited", lose)
+            for _ in range(2):
+                with pytest.raises(CommunicationError, match=r"peer \d ended"):
+                    work.wait()
+        with pytest.raises(CommunicationError, match=r"peer \d ended"):
+            work.wait()
+        assert work._far is None
 
 
 @on_ranks(4)

@@ -79,15 +79,19 @@ def test_a_broadcast_in_a_sub_group_takes_the_source_by_its_global_rank():
         assert tensor.tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize("switch", ["1", "0"])
 @on_ranks(2)
-def test_a_broadcast_keeps_the_layout_of_tensors_that_are_not_contiguous():
-    rank = dist.get_rank()
-    turned = torch.arange(12.0).add(100 * rank).view(3, 4).t()
-    comm.broadcast(turned, 1)
-    assert torch.equal(turned, torch.arange(12.0).add(100).view(3, 4).t())
+def test_a_broadcast_keeps_the_layout_of_expanded_and_turned_tensors(monkeypatch, switch):
+    monkeypatch.setenv(SWITCH, switch)
+    group, rank = dist.new_group(), dist.get_rank()
+    assert (links_of(group) is None) == (switch == "0")
+    if switch == "1":  # gloo itself moves what is turned as it lies
+        turned = torch.arange(12.0).add(100 * rank).view(3, 4).t()
+        comm.broadcast(turned, 1, group=group)
+        assert torch.equal(turned, torch.arange(12.0).add(100).view(3, 4).t())
     stored = torch.arange(3.0).add(100 * rank)
     guard = torch.full((64,), 7.0)
-    comm.broadcast(stored.view(3, 1).expand(3, 50), 1)
+    comm.broadcast(stored.view(3, 1).expand(3, 50), 1, group=group)
     assert stored.tolist() == [100, 101, 102]
     assert guard.eq(7).all()
 

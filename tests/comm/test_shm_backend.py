@@ -213,6 +213,7 @@ def test_groups_of_some_ranks_and_of_either_kind_live_side_by_side():
 
 @on_ranks(2)
 def test_a_group_of_a_gloo_world_may_take_it():
+    comm.register_shm()
     group = dist.new_group(backend="shm")
     assert isinstance(group, backend.SharedMemoryGroup)
     assert dist.get_backend() == "gloo"
@@ -437,6 +438,7 @@ def test_a_late_rank_is_named_after_the_timeout_of_the_group():
 
 
 def everything_with_rooms_or_without():
+    comm.register_shm()
     group = dist.new_group(backend="shm")
     whole, chunk = torch.empty(4), torch.ones(2)
     for _ in range(2):
@@ -543,6 +545,7 @@ def _rank(case, rank, ports, log) -> None:
         os.dup2(file.fileno(), 2)
     sys.stderr.reconfigure(line_buffering=True)
     torch.set_num_threads(1)
+    comm.register_shm()
     case(rank, ports)
 
 

@@ -4,14 +4,18 @@ import gc
 import os
 import sys
 import threading
+from types import SimpleNamespace
 
+import pytest
+import torch
 import torch.distributed as dist
+from collectives import ranks_on_hosts
 from harness import on_ranks
 from toys import make_toy
 
 import deepspeed
 from deepspeed import comm
-from deepspeed.comm import links
+from deepspeed.comm import hosts, links
 from deepspeed.comm.standstill import Wait, stuck, waiting, watch
 
 HERE, THERE = Wait("barrier", (0, 1, 2)), Wait("all_reduce", (0, 1, 2))
@@ -38,6 +42,28 @@ def test_who_waits_for_one_that_can_go_on_is_not_stuck():
 def test_a_circle_over_groups_is_stuck():
     waits = {0: Wait("a", (0, 1)), 1: Wait("b", (1, 2)), 2: Wait("c", (2, 0))}
     assert stuck(waits) == {0, 1, 2}
+
+
+@on_ranks(4)
+def test_the_halves_of_an_exchange_among_hosts_are_one_call(monkeypatch):
+    def seen():
+        found.append(waiting(sys._getframe()))
+        raise InterruptedError
+
+    found = []
+    with ranks_on_hosts(2):
+        work = comm.start_all_gather(torch.empty(4), torch.ones(1), label="weights")
+        far, work._far = work._far, SimpleNamespace(wait=lambda: seen())
+        with pytest.raises(InterruptedError):
+            work.wait()
+        work._far = far
+        monkeypatch.setattr(hosts.Gather, "wait", lambda self: seen())
+        with pytest.raises(InterruptedError):
+            work.wait()
+        monkeypatch.undo()
+    far, near = found
+    assert far.is_with(near)
+    assert (far.what, far.ranks) == ("all_gather_single of 1 x float32: weights", (0, 1, 2, 3))
 
 
 def test_who_computes_does_not_wait():

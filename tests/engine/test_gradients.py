@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from toys import make_toy, toy_batch, toy_loss
 from training import TOLERANCE, assert_equal_training, config_for, train_both
 
 import deepspeed
+from deepspeed.comm.links import SWITCH
 from deepspeed.errors import UsageError
 from deepspeed.zero.access import safe_get_full_grad, safe_set_full_grad
 
@@ -322,3 +324,18 @@ def test_many_tiny_parameters_train_as_in_plain_torch(stage):
         plain.step()
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("switch", ["1", "0"])
+@on_ranks(2)
+def test_stage_1_reduces_in_every_backward_where_ranks_share_memory(monkeypatch, switch):
+    monkeypatch.setenv(SWITCH, switch)
+    group, rank = dist.new_group(), dist.get_rank()
+    mpu = SimpleNamespace(get_data_parallel_group=lambda: group)
+    config = config_for(1, "fp32", 2, 0.0)
+    engine, *_ = deepspeed.initialize(model=make_toy(), config=config, mpu=mpu)
+    engine.backward(toy_loss(engine, toy_batch(0, 0, rank)))
+    gradients = engine._reducer.gradients
+    assert all(one.holds_local == (switch == "0") for one in gradients)
+    assert all(one.landed.is_empty == (switch == "0") for one in gradients)
+    engine.destroy()

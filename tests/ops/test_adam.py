@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepspeed.errors import UsageError
 from deepspeed.ops import pieces as cutting
@@ -158,3 +159,27 @@ def test_sparse_gradients_are_refused():
     weight.grad = torch.ones(3).to_sparse()
     with pytest.raises(UsageError, match="SparseAdam"):
         FusedAdam([weight]).step()
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that a device would have to start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_what_decides_on_an_update_is_few_operations_on_small_numbers(bias_correction):
+    hyper = adam_kernel.AdamHyper(0.1, 0.9, 0.99, 1e-8, 0.01, bias_correction, True)
+    control = adam_kernel.Control(torch.tensor(3.0), torch.tensor(0.5), torch.tensor(1.0))
+    with Kernels() as kernels:
+        found = adam_kernel.numbers(hyper, control)
+    first, second = (1 - 0.9**3, 1 - 0.99**3) if bias_correction else (1, 1)
+    expected = [0.9, 0.1, 0.99, 0.01, 1e-8, 0.1 / first, second**-0.5, 0.001, 0.5, 1]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert kernels.count <= 12

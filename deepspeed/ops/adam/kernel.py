@@ -81,24 +81,23 @@ def numbers(hyper: AdamHyper, control: Control) -> Tensor:
     """Return what `adam_pass` needs as one fp32 vector on the device, computed in fp64.
 
     They are data, so a schedule that changes them does not recompile. Order: beta1, 1-beta1, beta2, 1-beta2,
-    eps, step size, 1/sqrt(second correction), decay, scale, skip.
+    eps, step size, 1/sqrt(second correction), decay, scale, skip. What the host knows comes in one copy; the
+    rest is few operations, each of which takes an accelerator longer to start than to do.
     """
-    device = control.step.device
     decay = hyper.lr * hyper.weight_decay if hyper.decoupled else hyper.weight_decay
-    constants = (hyper.beta1, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, hyper.eps)
-    fixed = get_accelerator().send(constants, device, dtype=torch.float64)
-    count = control.step.double()
-    one = torch.ones_like(count)
-    first = 1 - hyper.beta1**count if hyper.bias_correction else one
-    second = 1 - hyper.beta2**count if hyper.bias_correction else one
-    moving = [
-        hyper.lr / first,
-        second.rsqrt(),
-        one * decay,
-        one if control.scale is None else control.scale.double(),
-        one * 0 if control.skip is None else control.skip.double(),
-    ]
-    return torch.cat([fixed, torch.stack(moving)]).float()
+    betas = (hyper.beta1, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2)
+    known = (*betas, hyper.eps, hyper.lr, 1.0, decay, 1.0, 0.0)
+    exact = get_accelerator().send(known, control.step.device, dtype=torch.float64)
+    vector = exact.float()
+    if hyper.bias_correction:
+        corrections = 1 - exact[0:3:2] ** control.step
+        vector[5] = hyper.lr / corrections[0]
+        vector[6] = corrections[1].rsqrt()
+    if control.scale is not None:
+        vector[8] = control.scale
+    if control.skip is not None:
+        vector[9] = control.skip
+    return vector
 
 
 def adam_pass(
