@@ -1,6 +1,6 @@
 """Which exchange a collective is, under whatever name it is called.
 
-The functions named like collectives start one over the ranks of `group` between tensors on the host and returns its
+The functions named like collectives start one over the ranks of `group` between tensors on the host and return its
 Work, or None where it has none for these tensors: then the caller asks torch's own backend. `what` is the words
 of the call (note [Same call, same words]). `ordered`: all ranks wait for the work in the same order among others,
 because they wait at once, or promise it.
