@@ -21,6 +21,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +60,25 @@ def run_on_ranks(
         pool.kill()
         _pools.pop(key, None)
         raise
+
+
+def run_to_their_end(ranks: list[Any], logs: list[Path], seconds: float) -> list[tuple[int, str]]:
+    """Start processes that write to logs; return each one's exit code and what it said.
+
+    Processes that hang for longer than `seconds` fail the test; none is left behind.
+    """
+    for process in ranks:
+        process.start()
+    until = time.monotonic() + seconds
+    for process in ranks:
+        process.join(max(0.0, until - time.monotonic()))
+    hung = [rank for rank, process in enumerate(ranks) if process.exitcode is None]
+    for process in ranks:
+        process.kill()
+        process.join()
+    said = [log.read_text() for log in logs]
+    assert not hung, f"ranks {hung} hang; they said {said}"
+    return [(process.exitcode, text) for process, text in zip(ranks, said, strict=True)]
 
 
 def close_pools() -> None:

@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import reduce
+from functools import partial, reduce
 from operator import mul
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
-from harness import free_port, on_ranks, run_on_ranks
+from harness import free_port, on_ranks, run_on_ranks, run_to_their_end
 from reference import PlainTrainer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -486,21 +486,17 @@ def begins_again(rank, ports):
     assert descriptors[2] <= descriptors[1] + 2
 
 
-def is_left_alone(rank, ports):
+def is_left_alone(rank, ports, *, after_a_call=True):
     where = f"tcp://127.0.0.1:{ports[0]}"
     dist.init_process_group("shm", init_method=where, rank=rank, world_size=2)
-    dist.barrier()
+    if after_a_call:
+        dist.barrier()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.all_reduce(torch.ones(3))
 
 
-def is_left_alone_before_the_first_call(rank, ports):
-    where = f"tcp://127.0.0.1:{ports[0]}"
-    dist.init_process_group("shm", init_method=where, rank=rank, world_size=2)
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    dist.all_reduce(torch.ones(3))
+is_left_alone_before_the_first_call = partial(is_left_alone, after_a_call=False)
 
 
 def waits_elsewhere(rank, ports):
@@ -522,21 +518,8 @@ def run_case(case, folder) -> list[SimpleNamespace]:
     ports = [free_port() for _ in range(3)]
     logs = [folder / f"{rank}.txt" for rank in range(2)]
     ranks = [context.Process(target=_rank, args=(case, rank, ports, str(logs[rank]))) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    until = time.monotonic() + SOON
-    for process in ranks:
-        process.join(max(0.0, until - time.monotonic()))
-    hung = [rank for rank, process in enumerate(ranks) if process.exitcode is None]
-    for process in ranks:
-        process.kill()
-        process.join()
-    ends = [
-        SimpleNamespace(code=process.exitcode, said=log.read_text())
-        for process, log in zip(ranks, logs, strict=True)
-    ]
-    assert not hung, f"ranks {hung} hang; they said {ends}"
-    return ends
+    ends = run_to_their_end(ranks, logs, SOON)
+    return [SimpleNamespace(code=code, said=said) for code, said in ends]
 
 
 def _rank(case, rank, ports, log) -> None:

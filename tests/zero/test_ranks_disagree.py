@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from collectives import gathers_are_collectives
-from harness import free_port
+from harness import free_port, run_to_their_end
 from torch import nn
 
 import deepspeed
@@ -115,18 +115,7 @@ def run_ranks(case: Callable, folder: Path, *, stage: int, path: str) -> list[tu
         context.Process(target=_rank, args=(rank, port, case, stage, path, str(folder)))
         for rank in range(RANKS)
     ]
-    for process in ranks:
-        process.start()
-    until = time.monotonic() + SOON
-    for process in ranks:
-        process.join(max(0.0, until - time.monotonic()))
-    hung = [rank for rank, process in enumerate(ranks) if process.exitcode is None]
-    for process in ranks:
-        process.kill()
-        process.join()
-    said = [log.read_text() for log in logs]
-    assert not hung, f"ranks {hung} hang; they said {said}"
-    return [(process.exitcode, text) for process, text in zip(ranks, said, strict=True)]
+    return run_to_their_end(ranks, logs, SOON)
 
 
 def _rank(rank: int, port: int, case: Callable, stage: int, path: str, folder: str) -> None:
