@@ -19,6 +19,7 @@ from rich.table import Table
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.common.commands import run
+from deepspeed.common.processors import usable_processors
 from deepspeed.common.tables import Rows, new_listing, show
 from deepspeed.config import load_config
 from deepspeed.config.report import render_config
@@ -97,7 +98,7 @@ def hardware() -> Rows:
     accelerator = get_accelerator()
     yield "accelerator", "none: ranks are CPU processes" if accelerator.on_host else accelerator.kind
     yield from _devices()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
+    usable = len(usable_processors())
     cores, threads = psutil.cpu_count(logical=False), torch.get_num_threads()
     yield "cores", f"{cores}, {usable} processors usable; torch uses {threads} threads in a single process"
     yield "vector instructions", torch.backends.cpu.get_cpu_capability()

@@ -136,18 +136,19 @@ def current_place(
     return place or Place()
 
 
-def fair_threads(environ: Mapping[str, str], threads: int, processors: int) -> int:
+def fair_threads(environ: Mapping[str, str], threads: int, own: int, host: int) -> int:
     """Return how many threads a rank should use, so that the ranks of its host do not crowd each other out.
 
     Args:
         environ: where the launcher says how many ranks share the host, and the user how many threads each has.
-        threads: what the rank uses now.
-        processors: of the host.
+        threads: what the rank uses now. torch begins with one for each processor or for each core of two; another
+            number is the user's choice and stays.
+        own: processors that this process may run on.
+        host: processors that the launcher may run on, which all its ranks share.
     """
-    if "OMP_NUM_THREADS" in environ or "MKL_NUM_THREADS" in environ:
-        return threads
     ranks = max(number(environ, name, 1) for name in HOST_SIZES)
-    return threads if threads * ranks <= processors else max(1, processors // ranks)
+    chosen = "OMP_NUM_THREADS" in environ or "MKL_NUM_THREADS" in environ or threads not in (own, own // 2)
+    return threads if chosen or threads * ranks <= host else max(1, host // ranks)
 
 
 def number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

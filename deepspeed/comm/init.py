@@ -22,6 +22,7 @@ from deepspeed.comm.environment import (
 )
 from deepspeed.comm.log import configure
 from deepspeed.common.logging import announce, log_dist
+from deepspeed.common.processors import usable_processors
 from deepspeed.errors import CommunicationError, ConfigError, UsageError
 
 DEFAULT_PORT = 29500
@@ -151,7 +152,8 @@ def _start(backend: str, place: Place, timeout: timedelta, init_method: str | No
 def _share_processors() -> None:
     """Take no more threads than this rank's share of the host, unless the user has chosen."""
     before = torch.get_num_threads()
-    threads = fair_threads(os.environ, before, os.cpu_count() or 1)
+    own, host = len(usable_processors()), len(usable_processors(os.getppid()))
+    threads = fair_threads(os.environ, before, own, host)
     if threads < before:
         torch.set_num_threads(threads)
         announce(

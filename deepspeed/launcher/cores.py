@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from deepspeed.common.processors import usable_processors
 from deepspeed.errors import ConfigError
 
 SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
@@ -16,11 +16,8 @@ Core = list[int]
 
 def usable_cores() -> list[Core]:
     """Return the physical cores this process may run on."""
-    allowed = (
-        sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    )
     cores: dict[int, Core] = {}
-    for cpu in allowed:
+    for cpu in usable_processors():
         path = Path(SIBLINGS.format(cpu))
         siblings = parse_cpus(path.read_text().strip()) if path.exists() else [cpu]
         cores.setdefault(min(siblings), []).append(cpu)

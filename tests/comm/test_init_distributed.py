@@ -14,7 +14,7 @@ from deepspeed.comm.environment import Place, current_place, fair_threads, from_
 from deepspeed.comm.init import default_timeout
 from deepspeed.errors import CommunicationError, ConfigError, UsageError
 
-LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
 def run(script: str, **environ: str) -> subprocess.CompletedProcess:
@@ -259,18 +259,46 @@ def test_mpi_discovery_outside_mpi_is_explained(monkeypatch):
     ids=str,
 )
 def test_ranks_of_a_host_share_its_processors_unless_the_user_has_chosen(environ, threads):
-    assert fair_threads(environ, threads=8, processors=8) == threads
+    assert fair_threads(environ, threads=8, own=8, host=8) == threads
 
 
-def test_threads_that_a_launcher_has_bound_to_fewer_processors_stay():
-    assert fair_threads({"LOCAL_WORLD_SIZE": "4"}, threads=2, processors=8) == 2
+@pytest.mark.parametrize(
+    ("threads", "own", "host", "fair"),
+    [
+        (2, 2, 8, 2),  # each rank is bound to processors of its own
+        (4, 4, 8, 2),  # two ranks are bound to the same ones
+        (4, 8, 8, 2),  # torch has begun with one thread for each core of two
+        (3, 8, 8, 3),  # set_num_threads was called
+        (1, 1, 1, 1),
+    ],
+)
+def test_threads_follow_what_ranks_are_bound_to_and_what_the_user_has_set(threads, own, host, fair):
+    assert fair_threads({"LOCAL_WORLD_SIZE": "4"}, threads, own, host) == fair
+
+
+LONE_RANK_OF_MANY = {
+    "OMPI_COMM_WORLD_RANK": "0",
+    "OMPI_COMM_WORLD_SIZE": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "1000",
+}
 
 
 def test_a_rank_that_takes_fewer_threads_says_so_once():
     script = (
-        "import os; os.environ.pop('OMP_NUM_THREADS', None); import torch; torch.set_num_threads(64)\n"
-        "from deepspeed import comm; comm.init_distributed(); print(torch.get_num_threads())"
+        "import torch; torch.set_num_threads(64)\n"
+        "from deepspeed import comm; comm.init.usable_processors = lambda pid=0: range(64)\n"
+        "comm.init_distributed(); print(torch.get_num_threads())"
     )
-    done = run(script, OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="1", OMPI_COMM_WORLD_LOCAL_SIZE="1000")
+    done = run(script, **LONE_RANK_OF_MANY)
     assert done.stdout.splitlines()[-1] == "1", done.stderr
     assert (done.stdout + done.stderr).count("set OMP_NUM_THREADS to choose") == 1
+
+
+def test_threads_that_a_script_has_set_stay():
+    script = (
+        "import torch; torch.set_num_threads(64)\n"
+        "from deepspeed import comm; comm.init_distributed(); print(torch.get_num_threads())"
+    )
+    done = run(script, **LONE_RANK_OF_MANY)
+    assert done.stdout.splitlines()[-1] == "64", done.stderr
+    assert "OMP_NUM_THREADS" not in done.stdout + done.stderr

@@ -175,5 +175,5 @@ def test_threads_of_one_core_are_found(monkeypatch, tmp_path):
     for cpu, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
         (tmp_path / str(cpu)).write_text(f"{siblings}\n")
     monkeypatch.setattr(cores, "SIBLINGS", f"{tmp_path}/{{}}")
-    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(cores, "usable_processors", lambda: [0, 1, 2])
     assert cores.usable_cores() == [[0, 2], [1]]
