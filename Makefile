@@ -5,6 +5,7 @@
 # make clean   remove the virtual environment and what was built
 #
 # PYTHON=python3.12            the Python to make the virtual environment from
+# JOBS=4                       how many test files run at once
 # TORCH="torch==X+Y ..."       another torch than the pinned one: arguments for pip, at the first install
 
 PYTHON ?= python3
@@ -14,6 +15,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH  ?=
 BENCH  ?=
+JOBS   ?= 2
 
 .PHONY: train test lint bench clean
 
@@ -21,7 +23,7 @@ train: $(VENV)/.installed
 	$(BIN)/deepspeed --num_gpus 2 examples/pretrain_gpt.py --deepspeed --deepspeed_config examples/ds_config.json
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
