@@ -62,11 +62,11 @@ OFFLOAD_ROWS = (
     *OTHERS,
 )  # fmt: skip
 
-LONG: dict[str, Any] = {"steps": 4, "warmup": 2}
+LONG: dict[str, Any] = {"steps": 3, "warmup": 2}
 
 SETTINGS = (
     Setting("step_bf16", "33M, bf16", WORK),
-    Setting("step_fp32", "33M, fp32", replace(WORK, precision="fp32"), steps=8),
+    Setting("step_fp32", "33M, fp32", replace(WORK, precision="fp32"), steps=6, warmup=2),
     Setting("step_bf16_acc4", "33M, bf16, 4 micro-batches", replace(WORK, accumulation=4), **LONG),
     Setting(
         "step_fp32_acc4",

@@ -176,7 +176,8 @@ class SharedMemoryGroup(ProcessGroup):
         """Return an exchange as torch wants it; where there is none, start gloo's."""
         if work is not None:
             return ExchangeWork(work, outputs)
-        return exchanges.elsewhere(what, self, links_of(self), partial(by_gloo, *args))
+        begun = exchanges.elsewhere(what, self, links_of(self), partial(by_gloo, *args))
+        return ExchangeWork(DeferredWork([begun], what, self), outputs)
 
     def _together(self, works: Sequence[Any], outputs: Sequence[Tensor]) -> Any:
         return ExchangeWork(DeferredWork(works, b"collectives in one", self), outputs)
@@ -195,8 +196,8 @@ class ExchangeWork(dist.Work):
         self._work, self._outputs = work, list(outputs)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Block until the data is in place (CommunicationError: a peer is gone, or late by the group's timeout)."""
-        return bool(self._work.wait())
+        """Block until the data is in place (CommunicationError: a peer is gone, or late by the timeout)."""
+        return bool(self._work.wait(timeout))
 
     def is_completed(self) -> bool:
         """Tell whether the data is in place; what has arrived is put there.

@@ -122,8 +122,8 @@ def all_to_all(group: Any, outputs: Sequence[Tensor], inputs: Sequence[Tensor], 
     links = links_of(group) if direct.is_direct(group, *outputs, *inputs) and len(dtypes) == 1 else None
     if links is None or not len(outputs) == len(inputs) == links.size:
         return None
-    sent = [one.view(-1) for one in inputs]
-    return shared.Exchange(links, [one.view(-1) for one in outputs], sent, what)
+    received, sent = [_flat(one) for one in outputs], [_flat(one) for one in inputs]
+    return shared.Exchange(links, received, sent, what)
 
 
 def barrier(group: Any, what: bytes) -> Any:
@@ -232,6 +232,11 @@ def _broadcast(links: Links, tensor: Tensor, source: int, group: Any, what: byte
     return direct.DeferredWork(pending, what, group, put_back if apart else None)
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    """View a contiguous tensor as one row; `view` keeps an odd stride where there is one element or none."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
 def _chunks_of(tensor: Tensor, rows: Sequence[int] | None, world: int, name: str) -> Sequence[Tensor]:
     """Cut a tensor into flat chunks of so many rows for each rank, or equal ones."""
     length = tensor.shape[0]
@@ -243,5 +248,5 @@ def _chunks_of(tensor: Tensor, rows: Sequence[int] | None, world: int, name: str
             f"{name}, got {list(rows or [])}; without them the rows are shared equally, if they can be"
         )
     width = tensor.numel() // length if length else 0
-    chunks: Sequence[Tensor] = tensor.view(-1).split([one * width for one in rows])
+    chunks: Sequence[Tensor] = _flat(tensor).split([one * width for one in rows])
     return chunks

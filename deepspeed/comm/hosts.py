@@ -109,14 +109,14 @@ class GatherAcross(dist.Work):
         self.group, self.what = group, what
         self._hosts, self._by_place = hosts, hosts.by_place(chunks)
         mine, peers = self._by_place[hosts.links.rank], hosts.peers(group)
-        self._far: dist.Work | None = gather(mine, peers, what + b" (gathered from hosts)")
+        self._far: Any = gather(mine, peers, what + b" (gathered from hosts)")
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until all chunks are in place (CommunicationError: a peer is gone or late)."""
         if self._far is not None:
-            self._far.wait()
+            self._far.wait(timeout)
             self._far = None
-            Gather(self._hosts.links, self._by_place, self.what).wait()
+            Gather(self._hosts.links, self._by_place, self.what).wait(timeout)
         return True
 
     def is_completed(self) -> bool:
@@ -156,7 +156,7 @@ class ReduceAcross(dist.Work):
         self._sum = output.new_empty(sum(self._lengths), dtype=sum_dtype(dtype))
         near = [[part for parts in column for part in parts] for column in by_place]
         self._near = Reduce(hosts.links, self._sum, near, op, what, dtype)
-        self._far: dist.Work | None = None
+        self._far: Any = None
         hosts.unsent.append(self)
 
     def is_written(self) -> bool:
@@ -174,7 +174,7 @@ class ReduceAcross(dist.Work):
         """Block until the result is in place (CommunicationError: a peer is gone or late)."""
         while self._far is None:
             self._hosts.send_next()
-        return self._far.wait()
+        return bool(self._far.wait(timeout))
 
     def is_completed(self) -> bool:
         """Tell whether the result is in place."""

@@ -9,26 +9,33 @@ Note [Rooms and signals]
         reader    room = links.awaited(writer, 7), read it, links.done(7)      "number 7 may be overwritten"
 
     Calls have the same numbers on every rank, because all ranks make them in the same order. Posting never
-    waits for a peer: while every room is still being read, another one is made. A socket orders memory on
-    every processor, wakes the one who waits, and reports a peer that died. Signals say what the call is; see
-    note [Same call, same words]. A call that goes another way is only noted, so that it can be compared too.
+    waits for a peer: while every room is still being read, another one is made, and signals that a socket has
+    no place for are kept, and sent by the next wait in whichever group. The size of a room is a power of two
+    (what nobody writes takes no memory), so that messages of many sizes share few. A socket orders memory on
+    every processor, wakes the one who waits, and reports a peer that died; a forked child closes its copies.
+    Signals say what the call is; see note [Same call, same words]. A call that goes another way is only noted,
+    so that it can be compared too.
 """
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import mmap
 import os
 import select
 import socket
 import struct
 import sys
+import threading
 import time
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +49,12 @@ from deepspeed.errors import CommunicationError
 SWITCH = "DEEPSPEED_SHARED_MEMORY"
 """Environment variable; ``0`` on any rank leaves all traffic on the CPU to gloo."""
 
+OFF = ("0", "false", "off", "no")
+
 SIGNAL = struct.Struct("<cQQQ")  # kind, number of the call, room, bytes of the room; then the call's words
 READY, DONE, SHARE, NOTE, PLACE = b"r", b"d", b"s", b"n", b"p"
 LOOK = 1000  # milliseconds between two looks at how long a wait lasts
+SOON = 5  # the same while signals are kept
 KEPT = 32  # words of calls to keep before looking which are of use no more
 MANNERS = 2.0  # seconds for a peer that makes another call to say where
 PAGE = mmap.PAGESIZE
@@ -58,7 +68,7 @@ class Room:
 
     def __init__(self, fd: int, nbytes: int, index: int) -> None:
         self.nbytes, self.index = nbytes, index
-        self._mapping = mmap.mmap(fd, nbytes)
+        self._mapping = _mapped(fd, nbytes)
         with torch.inference_mode(False):  # it outlives the call in which it is made
             self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self.readers: set[int] = set()
@@ -69,7 +79,7 @@ class Room:
 
     def leave(self) -> None:
         """Count a peer's room no longer as memory of this rank's; it is mapped again when it is read again."""
-        self._mapping.madvise(mmap.MADV_DONTNEED)
+        _libc().madvise(self._mapping, ctypes.c_size_t(self.nbytes), mmap.MADV_DONTNEED)
 
 
 class Links:
@@ -92,12 +102,13 @@ class Links:
         self.rank, self.size = rank, len(sockets) + 1
         self.names = names or range(self.size)
         self._sockets = sockets
-        self._timeout = timeout.total_seconds()
+        self._timeout = self._patience = timeout.total_seconds()
         self._peer_of = {link.fileno(): peer for peer, link in sockets.items()}
         self._poll = select.poll()
         for descriptor, link in zip(self._peer_of, sockets.values(), strict=True):
             self._poll.register(descriptor, select.POLLIN)
-            link.settimeout(self._timeout)
+            link.setblocking(False)
+        self._kept: dict[int, deque[Signal]] = {peer: deque() for peer in sockets}
         self._rooms: list[Room] = []
         self._theirs: dict[tuple[int, int], Room] = {}
         self._announced: dict[tuple[int, int], Room] = {}
@@ -112,7 +123,8 @@ class Links:
         self._ended: set[int] = set()
         self._places: dict[int, str] = {}  # of peers that disagree
         self._broken: CommunicationError | None = None
-        self._closing = weakref.finalize(self, _close, list(sockets.values()), self._unknown)
+        self._closing = weakref.finalize(self, _close, sockets, self._unknown, self._kept)
+        _LIVE.add(self)
 
     def room(self, nbytes: int) -> Room:
         """Return a room of at least `nbytes` that nobody reads."""
@@ -120,10 +132,16 @@ class Links:
         free = [one for one in self._rooms if not one.readers and one.nbytes >= nbytes]
         if free:
             return min(free, key=lambda one: one.nbytes)
-        size = max(1, -(-nbytes // PAGE)) * PAGE
-        descriptor = os.memfd_create("deepspeed", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, size)
-        room = Room(descriptor, size, len(self._rooms))
+        size = max(PAGE, 1 << (nbytes - 1).bit_length())
+        try:
+            descriptor = os.memfd_create("deepspeed", os.MFD_CLOEXEC)
+            os.ftruncate(descriptor, size)
+            room = Room(descriptor, size, len(self._rooms))
+        except OSError as error:
+            raise CommunicationError(
+                f"no memory to share for {nbytes} bytes beside {len(self._rooms)} rooms of calls that no rank or not "
+                f"every one has waited for: {error}; wait for some, or set {SWITCH}=0 to leave all to gloo"
+            ) from error
         self._rooms.append(room)
         self._unknown[room.index] = descriptor
         return room
@@ -179,7 +197,7 @@ class Links:
         for room in self._visited.pop(call, ()):
             room.leave()
         for peer in writers or self._sockets:
-            with contextlib.suppress(ConnectionError):
+            with suppress(ConnectionError):
                 self._send(peer, SIGNAL.pack(DONE, call, 0, 0))
 
     def share(self, descriptor: int, what: bytes = b"") -> dict[int, int]:
@@ -190,8 +208,20 @@ class Links:
         self.begun(call)
         return {peer: self._shared.pop((peer, call)) for peer in self._sockets}
 
+    @contextmanager
+    def patient(self, timeout: timedelta | None) -> Iterator[None]:
+        """Wait for peers no longer than this, or than the group's timeout."""
+        if timeout is not None:
+            self._patience = min(self._timeout, timeout.total_seconds())
+        try:
+            yield
+        finally:
+            self._patience = self._timeout
+
     def drain(self) -> None:
-        """Take the signals that have arrived."""
+        """Take the signals that have arrived, and send those that were kept."""
+        if any(self._kept.values()):
+            self.flush()
         while arrived := self._poll.poll(0):
             self._receive(arrived)
 
@@ -229,7 +259,7 @@ class Links:
         self._broken = CommunicationError("a former call of this group failed")  # while signals are taken
         where = here()
         for other in self._sockets:
-            with contextlib.suppress(OSError, CommunicationError):
+            with suppress(OSError):
                 self._send(other, SIGNAL.pack(PLACE, call, 0, 0) + where.encode()[:LONGEST])
         until = time.monotonic() + MANNERS
         while peer not in self._places and peer not in self._ended and time.monotonic() < until:
@@ -248,15 +278,16 @@ class Links:
                 raise self._broken
             for ended in self._ended:
                 self._require(ended, call)
-            arrived = self._poll.poll(min(LOOK, 1000 * self._timeout))
+            look = SOON if _flush_all() else LOOK
+            arrived = self._poll.poll(min(look, 1000 * self._patience))
             if arrived:
                 self._receive(arrived)
                 continue
             now = time.monotonic()
-            until = until or now + self._timeout
+            until = until or now + self._patience
             if now >= until:
                 raise CommunicationError(
-                    f"rank {self.names[peer]} did not reach {self.doing(call)} in {self._timeout:.0f} s; it is stuck"
+                    f"rank {self.names[peer]} did not reach {self.doing(call)} in {self._patience:.0f} s; it is stuck"
                 )
 
     def _require(self, peer: int, call: int) -> None:
@@ -308,21 +339,119 @@ class Links:
         self._compare(peer, call, message[SIGNAL.size :])
 
     def _send(self, peer: int, message: bytes, *descriptors: int) -> None:
-        try:
-            socket.send_fds(self._sockets[peer], [message], descriptors)
-        except TimeoutError:
-            raise CommunicationError(f"rank {self.names[peer]} does not read its signals") from None
+        """Send a signal, after those that are kept; it is kept too where the socket is full."""
+        kept = self._kept[peer]
+        with _ONE:
+            if kept or not _is_sent(self._sockets[peer], (message, descriptors)):
+                kept.append((message, [os.dup(one) for one in descriptors]))
+                _BEHIND.add(self)
+
+    def flush(self) -> None:
+        """Send what was kept, as far as the sockets take it; who has ended need not know."""
+        with _ONE:
+            for peer, kept in self._kept.items():
+                try:
+                    _send_kept(self._sockets[peer], kept)
+                except ConnectionError:
+                    _forget(kept)
+            if not any(self._kept.values()):
+                _BEHIND.discard(self)
 
     def close(self) -> None:
         """Close the sockets; also done when nobody holds the links any more."""
         self._closing()
 
+    def leave_to_parent(self) -> None:
+        """Close a forked child's copies of the sockets, by which its parent's end would not be seen."""
+        for link in self._sockets.values():
+            link.close()
+        self._closing.detach()
 
-def _close(sockets: list[socket.socket], descriptors: dict[int, int]) -> None:
-    for link in sockets:
-        link.close()
-    for descriptor in descriptors.values():
+
+Signal = tuple[bytes, Sequence[int]]
+"""A message and the file descriptors that go with it."""
+
+_LIVE: weakref.WeakSet[Links] = weakref.WeakSet()
+_BEHIND: weakref.WeakSet[Links] = weakref.WeakSet()
+"""Links with signals that their sockets have not taken yet."""
+_ONE = threading.Lock()
+"""Held by the thread that sends: one that waits in a group sends for all of them."""
+
+
+def _flush_all() -> bool:
+    """Send what any group has kept: a peer may wait there while this rank waits here. Tell whether some is left."""
+    if _BEHIND:
+        with _ONE:
+            behind = list(_BEHIND)
+        for links in behind:
+            links.flush()
+    return bool(_BEHIND)
+
+
+def _leave_to_parent() -> None:
+    for links in list(_LIVE):
+        links.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+def _is_sent(link: socket.socket, signal: Signal) -> bool:
+    """Send a signal (ConnectionError: the peer has ended); False if the socket has no place for it now."""
+    message, descriptors = signal
+    try:
+        socket.send_fds(link, [message], descriptors)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _send_kept(link: socket.socket, kept: deque[Signal]) -> None:
+    while kept and _is_sent(link, kept[0]):
+        _close_all(kept.popleft()[1])
+
+
+def _forget(kept: deque[Signal]) -> None:
+    while kept:
+        _close_all(kept.popleft()[1])
+
+
+def _close_all(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
         os.close(descriptor)
+
+
+def _close(
+    sockets: dict[int, socket.socket], descriptors: dict[int, int], kept: dict[int, deque[Signal]]
+) -> None:
+    """Close the sockets; a peer that still reads gets the signals that were kept for it first."""
+    for peer, link in sockets.items():
+        link.settimeout(MANNERS)
+        with suppress(OSError):
+            _send_kept(link, kept[peer])
+        _forget(kept[peer])
+        link.close()
+    _close_all(descriptors.values())
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return libc
+
+
+def _mapped(descriptor: int, nbytes: int) -> Any:
+    """Map shared memory as an array of bytes, until nobody holds it; Python's mmap would keep a descriptor open."""
+    address = _libc().mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, descriptor, 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    mapping = (ctypes.c_char * nbytes).from_address(address)
+    weakref.finalize(mapping, _libc().munmap, address, nbytes).atexit = False
+    return mapping
 
 
 @dataclass(frozen=True)
@@ -350,6 +479,12 @@ def links_of(group: dist.ProcessGroup | None) -> Links | None:
     """Return a group's links; None where its ranks do not all share memory."""
     found = neighbours_of(group)
     return found.links if found is not None and len(found.hosts) == 1 else None
+
+
+def are_near(group: Any) -> bool:
+    """Tell whether all ranks of a group are known to share memory; nobody is asked."""
+    found = _NEIGHBOURS.get(group)
+    return found is not None and len(found.hosts) == 1
 
 
 def _connect(group: Any) -> Neighbours | None:
@@ -392,9 +527,11 @@ def _told(backend: Any, said: str, size: int) -> list[str]:
 
 
 def _listen(size: int) -> socket.socket | None:
-    if os.environ.get(SWITCH, "1") == "0":
+    if os.environ.get(SWITCH, "1").lower() in OFF or not sys.platform.startswith("linux"):
         return None
-    if not sys.platform.startswith("linux") or not hasattr(os, "memfd_create"):
+    try:
+        os.close(os.memfd_create("deepspeed", os.MFD_CLOEXEC))
+    except (AttributeError, OSError):  # musl before 3.10's; a sandbox
         return None
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.settimeout(PATIENCE)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepspeed.comm.calls import readable
 from deepspeed.comm.links import Links
 from deepspeed.comm.parts import laid_out, numel_of
 from deepspeed.comm.summing import reduce_parts
@@ -43,7 +44,7 @@ class SharedWork(dist.Work):
         super().__init__()
         self._links, self._what = links, what
         self._finished = False
-        self._failure: CommunicationError | None = None
+        self._failure: Exception | None = None
         self._call = self._write(written, dtype)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
@@ -51,13 +52,14 @@ class SharedWork(dist.Work):
         if self._failure is not None:
             raise self._failure
         if not self._finished:
-            self._finished = True
+            self._failure = CommunicationError(f"{readable(self._what)} was interrupted")
             try:
-                with torch.inference_mode():  # where tensors made in that mode may be written to
+                with torch.inference_mode(), self._links.patient(timeout):  # tensors made in that mode, too
                     self._finish()
-            except CommunicationError as error:
+            except Exception as error:
                 self._failure = error
                 raise
+            self._failure, self._finished = None, True
         return True
 
     def is_completed(self) -> bool:
@@ -230,17 +232,17 @@ class ReduceEverywhere(dist.Work):
         gather: starts to collect the others'.
     """
 
-    def __init__(self, reduce: dist.Work, gather: Callable[[], dist.Work]) -> None:
+    def __init__(self, reduce: Any, gather: Callable[[], Any]) -> None:
         super().__init__()
-        self._reduce: dist.Work | None = reduce
+        self._reduce: Any = reduce
         self._gather = gather
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until the sum is in place (CommunicationError: a peer is gone or late)."""
         if self._reduce is not None:
-            self._reduce.wait()
+            self._reduce.wait(timeout)
             self._reduce = None
-            self._gather().wait()
+            self._gather().wait(timeout)
         return True
 
     def is_completed(self) -> bool:

@@ -12,8 +12,10 @@ Note [Standstill]
         rank 1   torch.distributed.barrier (barrier at train.py:40)                   waits for 0
 
     One rank that computes, loads, compiles or sleeps, however long, and the others are in no standstill. Nor
-    are ranks that wait in the same call: there torch's own timeout counts. Calls that a device runs by itself
-    are not seen.
+    are ranks that wait in the same call: there torch's own timeout counts. Nor are they while data is on its
+    way: a rank that has its part of a broadcast goes on to the next call, and one that has not may wait long
+    for a slow network. So a rank that writes is not counted as waiting, and where ranks do not share memory they
+    have to wait longer, as a network may pause. Calls that a device runs by itself are not seen.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -37,7 +40,9 @@ from deepspeed.comm import direct, exchanges, hosts, links
 from deepspeed.comm.calls import place, readable
 
 SECOND = 1.0  # between two looks
-LONG = 3  # looks after which a wait is published
+LONG = 3  # looks after which a wait is published where all ranks share memory
+PAUSE = 30  # and where they do not: a network may be silent for as long, and go on
+QUIET = 2**16  # bytes written between two looks: with more, data is on its way
 IDLE = (
     5e-5  # seconds of work in which no rank can end a call and begin another: less between looks is one wait
 )
@@ -49,6 +54,7 @@ TORCHS = frozenset(distributed_c10d.__all__) - {
     "batch_isend_irecv",
     "new_group",
 }
+_IO = Path("/proc/self/io")
 ACROSS = frozenset({hosts.GatherAcross.wait.__code__, hosts.ReduceAcross.wait.__code__})
 """Waits of two halves, in which ranks of one call may be in different ones."""
 
@@ -102,17 +108,13 @@ def _look(store: Any, world: Any, stop: threading.Event) -> None:
     )
     main = threading.main_thread().ident or 0
     clock = time.pthread_getcpuclockid(main)
-    looks, spent = 0, 0.0
-    last: Wait | None = None
+    still = Stillness(lambda: time.clock_gettime(clock), _written)
     before: dict[int, Wait] | None = None
     try:
         while not stop.wait(SECOND) and dist.is_initialized() and dist.group.WORLD is world:
-            found, worked, spent = waiting(sys._current_frames().get(main)), -spent, time.clock_gettime(clock)
-            worked += spent
-            still = found is not None and found == last and (found.number > 0 or worked < IDLE)
-            looks = looks + 1 if still else 0
-            last = found
-            if found is None or looks < LONG:
+            found = waiting(sys._current_frames().get(main))
+            looks = still.looks(found)
+            if found is None or looks < (LONG if links.are_near(world) else PAUSE):
                 board.clear()
                 before = None
                 continue
@@ -125,6 +127,37 @@ def _look(store: Any, world: Any, stop: threading.Event) -> None:
             before = now
     except RuntimeError:
         return
+
+
+class Stillness:
+    """Counts the looks at which this rank waits in the same call, and sends nothing.
+
+    Args:
+        spent: seconds that the main thread has worked so far.
+        written: bytes that the process has written so far.
+    """
+
+    def __init__(self, spent: Callable[[], float], written: Callable[[], int]) -> None:
+        self._spent, self._written = spent, written
+        self._before: tuple[Wait | None, float, int] = None, 0.0, 0
+        self._looks = 0
+
+    def looks(self, found: Wait | None) -> int:
+        """Count one more look, at which the main thread was found in a wait or in none."""
+        last, spent, written = self._before
+        self._before = found, self._spent(), self._written()
+        idle = self._before[1] - spent < IDLE or (found is not None and found.number > 0)
+        quiet = self._before[2] - written < QUIET
+        self._looks = self._looks + 1 if found is not None and found == last and idle and quiet else 0
+        return self._looks
+
+
+def _written() -> int:
+    """Bytes that this process has written so far, to sockets too; 0 where the system does not tell."""
+    try:
+        return int(_IO.read_text().partition("wchar: ")[2].split()[0])
+    except OSError:
+        return 0
 
 
 def waiting(frame: FrameType | None) -> Wait | None:

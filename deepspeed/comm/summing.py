@@ -10,12 +10,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 BLOCK = 2**16  # elements summed at a time: their parts and the fp32 sum stay in the cache
+UNREDUCED = {torch.bool, torch.uint16, torch.uint32, torch.uint64}
 REDUCIBLE = (dist.ReduceOp.SUM, dist.ReduceOp.AVG, dist.ReduceOp.MIN, dist.ReduceOp.MAX)
 
 
 def is_reducible(dtype: torch.dtype, op: Any) -> bool:
     """Tell whether `Summing` knows an operation on tensors of `dtype`."""
-    return op in REDUCIBLE and dtype is not torch.bool and not dtype.is_complex
+    return op in REDUCIBLE and dtype not in UNREDUCED and not dtype.is_complex
+
+
+def _is_narrow(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize == 1
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,6 +50,8 @@ class Summing:
         output = self._output[block]
         total = output if self._scratch is None else self._scratch[: output.numel()]
         for rank, part in enumerate(parts):
+            if _is_narrow(part.dtype):  # torch adds nothing to 8-bit floats
+                part = part.to(total.dtype)
             if rank == 0:
                 total.copy_(part)
             elif self._op == dist.ReduceOp.MAX:
@@ -64,7 +71,8 @@ def reduce_parts(output: Tensor, parts: Sequence[Tensor], op: Any) -> None:
 
     The sum of two is one operation, which rounds once, too.
     """
-    if len(parts) == 2 and op == dist.ReduceOp.SUM and {part.dtype for part in parts} == {output.dtype}:
+    alike = {part.dtype for part in parts} == {output.dtype} and not _is_narrow(output.dtype)
+    if len(parts) == 2 and op == dist.ReduceOp.SUM and alike:
         torch.add(*parts, out=output)
         return
     inside = (part for part in parts if part.data_ptr() == output.data_ptr())

@@ -1,9 +1,11 @@
 """Ranks of one host exchange data through memory they share."""
 
+import errno
 import gc
 import os
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -213,6 +215,174 @@ def test_a_peer_that_never_comes_is_named_after_the_timeout(linked_pair):
     assert not work.is_completed()
     with pytest.raises(CommunicationError, match="rank 1 did not reach"):
         work.wait()
+
+
+def test_who_waits_may_say_for_how_long(linked_pair):
+    ours, _theirs = linked_pair
+    ours._timeout = 60
+    work = shared.SumWhole(ours, torch.ones(3), dist.ReduceOp.SUM)
+    with pytest.raises(CommunicationError, match="rank 1 did not reach"):
+        work.wait(timedelta(seconds=0.1))
+    assert ours._patience == 60
+
+
+@pytest.mark.parametrize(
+    ("stop", "again"),
+    [(NotImplementedError, NotImplementedError), (KeyboardInterrupt, CommunicationError)],
+)
+def test_a_wait_that_failed_fails_again(monkeypatch, linked_pair, stop, again):
+    def reduce_parts(*args):
+        raise stop
+
+    ours, theirs = linked_pair
+    work, _ = (shared.SumWhole(one, torch.ones(3), dist.ReduceOp.SUM, b"sum") for one in (ours, theirs))
+    monkeypatch.setattr(shared, "reduce_parts", reduce_parts)
+    with pytest.raises(stop):
+        work.wait()
+    monkeypatch.undo()
+    with pytest.raises(again):
+        work.wait()
+
+
+def start_many(links, count):
+    tensors = [torch.full((3,), float(index)) for index in range(count)]
+    return tensors, [shared.SumWhole(links, tensor, dist.ReduceOp.SUM) for tensor in tensors]
+
+
+def wait_for_all(started, count):
+    tensors, works = started
+    for work in works:
+        work.wait()
+    assert [tensor[0].item() for tensor in tensors] == [2 * index for index in range(count)]
+
+
+def test_signals_beyond_what_a_socket_takes_are_kept(linked_pair):
+    count = 2000
+    ours, theirs = (start_many(links, count) for links in linked_pair)
+    assert any(linked_pair[0]._kept.values())
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(wait_for_all, one, count) for one in (ours, theirs)]:
+            done.result()
+    for links in linked_pair * 20:
+        links.drain()
+        assert not any(links._kept.values())
+
+
+def test_signals_that_are_kept_are_sent_by_a_wait_in_another_group(linked_pair):
+    ours, theirs = linked_pair
+    others = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    limit = timedelta(seconds=20)
+    ours_too, theirs_too = Links(0, {1: others[0]}, limit), Links(1, {0: others[1]}, limit)
+    ours._patience = theirs._patience = ours._timeout = theirs._timeout = 20
+    mine, count = start_many(ours, 2000), 2000
+    assert any(ours._kept.values())
+
+    def peer():
+        wait_for_all(start_many(theirs, count), count)
+        wait_for_all(start_many(theirs_too, 2), 2)
+
+    with ThreadPoolExecutor() as pool:
+        done = pool.submit(peer)
+        wait_for_all(start_many(ours_too, 2), 2)
+        wait_for_all(mine, count)
+        done.result()
+    ours_too.close()
+    theirs_too.close()
+
+
+def test_signals_that_are_kept_are_sent_before_the_end(linked_pair):
+    ours, theirs = linked_pair
+    tensors, _ = start_many(ours, 600)
+    assert any(ours._kept.values())
+    end = threading.Thread(target=ours.close)
+    end.start()
+    numbers = []
+    for index in range(len(tensors)):
+        theirs.note(b"")
+        room = theirs.awaited(0, index + 1)
+        numbers.append(room.view(3, torch.float32)[0].item())
+    end.join()
+    assert numbers == [float(index) for index in range(len(tensors))]
+
+
+@on_ranks(2)
+def test_messages_that_grow_share_few_rooms_and_no_descriptors():
+    links = links_of(None)
+    rooms, descriptors = len(links._rooms), len(os.listdir("/proc/self/fd"))
+    for size in range(1, 200_000, 2_000):
+        whole = torch.empty(2 * size)
+        comm.all_gather_single(whole, torch.full((size,), float(size)))
+        assert whole.eq(size).all()
+    assert len(links._rooms) - rooms < 3 * 10
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
+
+
+@on_ranks(2)
+def test_memory_that_cannot_be_had_is_an_error_that_says_so(monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    with pytest.raises(
+        CommunicationError, match="Too many open files; wait for some, or set DEEPSPEED_SHARED"
+    ):
+        links_of(None).room(2**30)
+
+
+@pytest.mark.parametrize("switch", ["0", "off", "False"])
+@on_ranks(2)
+def test_shared_memory_can_be_switched_off_or_be_refused(monkeypatch, switch):
+    def refuse(*args):
+        raise PermissionError
+
+    with monkeypatch.context() as patched:
+        patched.setenv(SWITCH, switch)
+        assert links_of(dist.new_group()) is None
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    assert links_of(dist.new_group()) is None
+
+
+def test_a_forked_child_does_not_hide_that_its_parent_ended(linked_pair):
+    ours, theirs = linked_pair
+    stay, go = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(go)
+        os.read(stay, 1)
+        os._exit(0)
+    try:
+        theirs.close()
+        with pytest.raises(CommunicationError, match="rank 1 ended"):
+            shared.SumWhole(ours, torch.ones(3), dist.ReduceOp.SUM).wait()
+    finally:
+        os.close(go)
+        os.waitpid(child, 0)
+        os.close(stay)
+
+
+@pytest.mark.parametrize("op", ["SUM", "AVG", "MAX", "MIN"])
+@on_ranks(2)
+def test_floats_of_8_bits_are_reduced_in_fp32(op):
+    tensor = torch.tensor([1.0, 3.0, -2.0]).mul_(dist.get_rank() + 1).to(torch.float8_e4m3fn)
+    comm.all_reduce(tensor, op=getattr(dist.ReduceOp, op))
+    expected = {"SUM": [3, 9, -6], "AVG": [1.5, 4.5, -3], "MAX": [2, 6, -2], "MIN": [1, 3, -4]}
+    assert tensor.float().tolist() == expected[op]
+
+
+@on_ranks(2)
+def test_sums_of_unsigned_integers_are_refused_as_by_gloo_and_calls_go_on():
+    with pytest.raises(RuntimeError, match="Invalid scalar type"):
+        comm.all_reduce(torch.ones(3, dtype=torch.uint16))
+    comm.barrier()
+
+
+@on_ranks(2)
+def test_all_to_all_of_single_elements_with_odd_strides():
+    rank, table = dist.get_rank(), torch.arange(8.0).view(4, 2)
+    sent = [(table + 10 * rank)[peer : peer + 1, 1] for peer in range(2)]
+    received = [torch.empty(4, 2)[:1, 1] for _ in range(2)]
+    comm.all_to_all(received, sent)
+    assert [one.item() for one in received] == [1 + 2 * rank, 11 + 2 * rank]
 
 
 def test_a_room_is_not_written_while_a_peer_still_reads_it(linked_pair):

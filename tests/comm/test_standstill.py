@@ -2,8 +2,10 @@
 
 import gc
 import os
+import socket
 import sys
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,7 @@ from toys import make_toy
 import deepspeed
 from deepspeed import comm
 from deepspeed.comm import hosts, links
-from deepspeed.comm.standstill import Wait, stuck, waiting, watch
+from deepspeed.comm.standstill import Stillness, Wait, _written, stuck, waiting, watch
 
 HERE, THERE = Wait("barrier", (0, 1, 2)), Wait("all_reduce", (0, 1, 2))
 
@@ -53,17 +55,50 @@ def test_the_halves_of_an_exchange_among_hosts_are_one_call(monkeypatch):
     found = []
     with ranks_on_hosts(2):
         work = comm.start_all_gather(torch.empty(4), torch.ones(1), label="weights")
-        far, work._far = work._far, SimpleNamespace(wait=lambda: seen())
+        far, work._far = work._far, SimpleNamespace(wait=lambda timeout: seen())
         with pytest.raises(InterruptedError):
             work.wait()
         work._far = far
-        monkeypatch.setattr(hosts.Gather, "wait", lambda self: seen())
+        monkeypatch.setattr(hosts.Gather, "wait", lambda self, timeout: seen())
         with pytest.raises(InterruptedError):
             work.wait()
         monkeypatch.undo()
     far, near = found
     assert far.is_with(near)
     assert (far.what, far.ranks) == ("all_gather_single of 1 x float32: weights", (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("spent", "written", "number", "looks"),
+    [
+        ([1, 1, 1, 1], [0, 10, 20, 30], 0, [0, 1, 2, 3]),
+        ([1, 2, 3, 4], [0, 0, 0, 0], 0, [0, 0, 0, 0]),  # one call after the other
+        ([1, 2, 3, 4], [0, 0, 0, 0], 7, [0, 1, 2, 3]),  # which numbers tell apart
+        ([1, 1, 1, 1], [0, 0, 10**6, 10**6], 0, [0, 1, 0, 1]),  # others may wait for what it sends
+        ([1, 1, 1, 1], [0, 0, 10**6, 10**6], 7, [0, 1, 0, 1]),
+    ],
+)
+def test_who_does_nothing_in_one_call_waits(spent, written, number, looks):
+    clock, counter = iter(spent), iter(written)
+    still = Stillness(lambda: next(clock), lambda: next(counter))
+    assert [still.looks(replace(HERE, number=number)) for _ in range(4)] == looks
+    assert Stillness(lambda: 0, lambda: 0).looks(None) == 0
+
+
+def test_what_a_process_sends_is_counted():
+    first, second = socket.socketpair()
+    with first, second:
+        before = _written()
+        assert os.write(first.fileno(), b"x" * 50_000) == 50_000
+        assert _written() - before >= 50_000
+
+
+@on_ranks(2)
+def test_ranks_share_memory_once_they_have_met():
+    group = dist.new_group()
+    assert not links.are_near(group)
+    comm.barrier(group=group)
+    assert links.are_near(group)
 
 
 def test_who_computes_does_not_wait():
