@@ -210,8 +210,8 @@ class Links:
 
     @contextmanager
     def patient(self, timeout: timedelta | None) -> Iterator[None]:
-        """Wait for peers no longer than this, or than the group's timeout."""
-        if timeout is not None:
+        """Wait for peers no longer than this, or than the group's timeout; torch says 0 where it means None."""
+        if timeout:
             self._patience = min(self._timeout, timeout.total_seconds())
         try:
             yield

@@ -93,8 +93,8 @@ def weights_file(folder, rank=0):
 def test_list_is_a_line_for_each_checkpoint_newest_first(two, call):
     code, said = call("list", two)
     assert code == 0
-    lines = [line.split() for line in said.splitlines()]
-    assert [line[:6] for line in lines if line[0].startswith("global_step")] == [
+    lines = [line.split() for line in said.splitlines() if line.startswith("global_step")]
+    assert [line[:6] for line in lines] == [
         ["global_step3", "3", "whole", "3", "2", "bfloat16"],
         ["global_step2", "2", "whole", "3", "2", "bfloat16"],
     ]
