@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 import deepspeed.zero.holder
-from deepspeed.comm import hosts, links
+from deepspeed.comm import hosts, neighbours
 
 
 @contextmanager
@@ -25,16 +25,16 @@ def gathers_are_collectives() -> Iterator[None]:
 @contextmanager
 def ranks_on_hosts(each: int) -> Iterator[None]:
     """Within, groups that exchange something for the first time find `each` ranks on a host, in rank order."""
-    name = links._host
+    name = neighbours._host
     _forget_neighbours()
-    links._host = lambda: f"host {dist.get_rank() // each}"
+    neighbours._host = lambda: f"host {dist.get_rank() // each}"
     try:
         yield
     finally:
-        links._host = name
+        neighbours._host = name
         _forget_neighbours()
 
 
 def _forget_neighbours() -> None:
-    links._NEIGHBOURS.clear()
+    neighbours._NEIGHBOURS.clear()
     hosts._HOSTS.clear()

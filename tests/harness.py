@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import logging
 import multiprocessing as mp
 import os
 import socket
@@ -179,6 +180,8 @@ def _serve(pipe: Connection, rank: int, count: int, port: int, path: list[str], 
 def _run(module: str, name: str, args: tuple, kwargs: dict) -> str | None:
     import torch.distributed as dist
 
+    logger = logging.getLogger("DeepSpeed")
+    level, disabled = logger.level, logger.disabled
     try:
         target: Any = importlib.import_module(module)
         for part in name.split("."):
@@ -190,6 +193,8 @@ def _run(module: str, name: str, args: tuple, kwargs: dict) -> str | None:
     except BaseException:  # a rank reports whatever ended it, pytest's own exceptions included
         return traceback.format_exc()
     finally:
+        logger.disabled = disabled
+        logger.setLevel(level or logging.WARNING)  # which the first body to import the package has not set
         for given in (*args, *kwargs.values()):
             if isinstance(given, pytest.MonkeyPatch):  # the rank's own copy, which nobody else undoes
                 given.undo()

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from deepspeed.comm.collectives import all_reduce
-from deepspeed.comm.links import PAGE, Links, links_of
+from deepspeed.comm.links import Links
+from deepspeed.comm.neighbours import links_of
+from deepspeed.comm.rooms import PAGE
 from deepspeed.errors import CommunicationError
 
 SEGMENT = 2**28

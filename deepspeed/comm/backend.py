@@ -27,7 +27,7 @@ from torch import Tensor
 from deepspeed.comm import exchanges
 from deepspeed.comm.calls import words
 from deepspeed.comm.direct import DeferredWork
-from deepspeed.comm.links import links_of
+from deepspeed.comm.neighbours import links_of
 
 NAME = "shm"
 c10d: Any = dist.distributed_c10d  # where the options are

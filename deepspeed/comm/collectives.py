@@ -18,8 +18,8 @@ from torch import Tensor
 
 from deepspeed.comm import direct, exchanges
 from deepspeed.comm.calls import words
-from deepspeed.comm.links import links_of
 from deepspeed.comm.log import logged, nbytes, total_nbytes
+from deepspeed.comm.neighbours import links_of
 from deepspeed.comm.parts import laid_out, numel_of
 
 if hasattr(dist, "all_gather_single"):

@@ -19,7 +19,8 @@ from torch import Tensor
 from deepspeed.comm import direct, shared
 from deepspeed.comm.calls import guarded
 from deepspeed.comm.hosts import GatherAcross, ReduceAcross, hosts_for, hosts_of
-from deepspeed.comm.links import Links, links_of
+from deepspeed.comm.links import Links
+from deepspeed.comm.neighbours import links_of
 from deepspeed.comm.parts import cut, laid_out
 from deepspeed.comm.summing import is_reducible
 from deepspeed.errors import UsageError

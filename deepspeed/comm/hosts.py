@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepspeed.comm.direct import Peers, ReduceWork, gather
-from deepspeed.comm.links import Neighbours, neighbours_of
+from deepspeed.comm.neighbours import Neighbours, neighbours_of
 from deepspeed.comm.parts import numel_of
 from deepspeed.comm.shared import Gather, Reduce
 from deepspeed.comm.summing import sum_dtype

@@ -36,7 +36,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from deepspeed.comm import direct, exchanges, hosts, links
+from deepspeed.comm import direct, exchanges, hosts, links, neighbours
 from deepspeed.comm.calls import place, readable
 
 SECOND = 1.0  # between two looks
@@ -114,7 +114,7 @@ def _look(store: Any, world: Any, stop: threading.Event) -> None:
         while not stop.wait(SECOND) and dist.is_initialized() and dist.group.WORLD is world:
             found = waiting(sys._current_frames().get(main))
             looks = still.looks(found)
-            if found is None or looks < (LONG if links.are_near(world) else PAUSE):
+            if found is None or looks < (LONG if neighbours.are_near(world) else PAUSE):
                 board.clear()
                 before = None
                 continue
@@ -184,8 +184,8 @@ def _wait_in(frame: FrameType) -> Wait | None:
         ours: links.Links = frame.f_locals["self"]
         call: int = frame.f_locals["call"]
         return Wait(ours.doing(call), tuple(ours.names), number=call)
-    if code is links._connect.__code__:
-        return Wait(readable(links.FIRST), _members(frame.f_locals["group"]))
+    if code is neighbours._connect.__code__:
+        return Wait(readable(neighbours.FIRST), _members(frame.f_locals["group"]))
     if code in ACROSS:
         work: hosts.GatherAcross | hosts.ReduceAcross = frame.f_locals["self"]
         return Wait(readable(work.what), _members(work.group))

@@ -9,7 +9,7 @@ from torch import nn
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.direct import is_on_host
-from deepspeed.comm.links import links_of
+from deepspeed.comm.neighbours import links_of
 from deepspeed.config import DeepSpeedConfig
 from deepspeed.engine.optimizers import leaf_kind
 from deepspeed.errors import ConfigError

@@ -12,9 +12,10 @@ from collectives import ranks_on_hosts
 from harness import RankFailure, on_ranks, run_on_ranks
 
 from deepspeed import comm
-from deepspeed.comm import direct, links, shared
+from deepspeed.comm import direct, links, neighbours, shared
 from deepspeed.comm.hosts import GatherAcross, Hosts, ReduceAcross, hosts_of
-from deepspeed.comm.links import SWITCH, links_of
+from deepspeed.comm.neighbours import links_of
+from deepspeed.comm.rooms import SWITCH
 from deepspeed.errors import CommunicationError
 
 LARGE = shared.SMALL + 5
@@ -114,7 +115,7 @@ def test_an_average_of_integers_takes_the_network_alone():
 def test_ranks_that_are_not_next_to_each_other_share_a_host(monkeypatch):
     rank = dist.get_rank()
     with ranks_on_hosts(2):
-        monkeypatch.setattr(links, "_host", lambda: f"host {rank % 2}")
+        monkeypatch.setattr(neighbours, "_host", lambda: f"host {rank % 2}")
         found = hosts_of(None)
         assert found is not None
         assert found.columns == [[0, 1], [2, 3]]

@@ -29,7 +29,8 @@ from training import assert_equal_training, config_for, drive_engine
 import deepspeed
 from deepspeed import comm
 from deepspeed.comm import backend, shared
-from deepspeed.comm.links import SWITCH, links_of
+from deepspeed.comm.neighbours import links_of
+from deepspeed.comm.rooms import SWITCH
 from deepspeed.comm.standstill import watch
 from deepspeed.errors import CommunicationError, ConfigError
 

@@ -17,7 +17,7 @@ from toys import make_toy
 
 import deepspeed
 from deepspeed import comm
-from deepspeed.comm import hosts, links
+from deepspeed.comm import hosts, neighbours
 from deepspeed.comm.standstill import Stillness, Wait, _written, stuck, waiting, watch
 
 HERE, THERE = Wait("barrier", (0, 1, 2)), Wait("all_reduce", (0, 1, 2))
@@ -96,9 +96,9 @@ def test_what_a_process_sends_is_counted():
 @on_ranks(2)
 def test_ranks_share_memory_once_they_have_met():
     group = dist.new_group()
-    assert not links.are_near(group)
+    assert not neighbours.are_near(group)
     comm.barrier(group=group)
-    assert links.are_near(group)
+    assert neighbours.are_near(group)
 
 
 def test_who_computes_does_not_wait():
@@ -107,15 +107,15 @@ def test_who_computes_does_not_wait():
 
 @on_ranks(2)
 def test_ranks_that_connect_wait_for_each_other(monkeypatch):
-    told, seen = links._told, []
+    told, seen = neighbours._told, []
 
     def looked_at(*args):
         seen.append(waiting(sys._getframe()))
         return told(*args)
 
-    monkeypatch.setattr(links, "_told", looked_at)
+    monkeypatch.setattr(neighbours, "_told", looked_at)
     comm.barrier(group=dist.new_group())
-    assert {(one.what, one.ranks) for one in seen} == {(links.FIRST.decode(), (0, 1))}
+    assert {(one.what, one.ranks) for one in seen} == {(neighbours.FIRST.decode(), (0, 1))}
 
 
 @on_ranks(2)

@@ -14,7 +14,7 @@ from toys import make_toy, toy_batch, toy_loss
 from training import TOLERANCE, assert_equal_training, config_for, train_both
 
 import deepspeed
-from deepspeed.comm.links import SWITCH
+from deepspeed.comm.rooms import SWITCH
 from deepspeed.errors import UsageError
 from deepspeed.zero.access import safe_get_full_grad, safe_set_full_grad
 

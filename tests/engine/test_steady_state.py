@@ -14,7 +14,7 @@ from toys import make_toy, toy_batch
 from training import config_for, drive_engine
 
 import deepspeed
-from deepspeed.comm.links import PAGE, Room
+from deepspeed.comm.rooms import PAGE, Room
 
 FIRST, LAST, EVERY = 5, 30, 5
 LARGE = 512

@@ -23,7 +23,7 @@ from torch import nn
 
 import deepspeed
 from deepspeed import comm
-from deepspeed.comm import links, standstill
+from deepspeed.comm import neighbours, standstill
 
 SOON = 60.0  # seconds that a loaded machine gets
 RANKS = 2
@@ -127,7 +127,7 @@ def _rank(rank: int, port: int, case: Callable, stage: int, path: str, folder: s
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     torch.manual_seed(0)
     if path == "sockets":
-        links._listen = lambda size: None
+        neighbours._listen = lambda size: None
         standstill.PAUSE = standstill.LONG
     with nullcontext() if path == "shards" else gathers_are_collectives():
         engine, *_ = deepspeed.initialize(
