@@ -39,20 +39,24 @@ class Outbox:
     def flush(self) -> None:
         """Send what waits, as far as the socket takes it; one who has ended needs nothing more."""
         with _SENDING:
-            try:
-                while self._waiting and self._is_taken(*self._waiting[0]):
-                    self._drop_first()
-            except OSError:
-                while self._waiting:
-                    self._drop_first()
+            self._send_waiting()
             if not self._waiting:
                 _FULL.discard(self)
 
     def close(self, patience: float) -> None:
         """Close the socket; a peer that still reads gets what waits within so many seconds."""
+        _FULL.discard(self)
         self._link.settimeout(patience)
-        self.flush()
+        self._send_waiting()
         self._link.close()
+
+    def _send_waiting(self) -> None:
+        try:
+            while self._waiting and self._is_taken(*self._waiting[0]):
+                self._drop_first()
+        except OSError:
+            while self._waiting:
+                self._drop_first()
 
     def _is_taken(self, message: bytes, descriptors: Sequence[int]) -> bool:
         try:

@@ -261,8 +261,9 @@ def wait_for_all(started, count):
 
 def test_signals_beyond_what_a_socket_takes_leave_later(linked_pair):
     count = 2000
-    ours, theirs = (start_many(links, count) for links in linked_pair)
+    ours = start_many(linked_pair[0], count)
     assert len(linked_pair[0]._outboxes[1])
+    theirs = start_many(linked_pair[1], count)
     with ThreadPoolExecutor() as pool:
         for done in [pool.submit(wait_for_all, one, count) for one in (ours, theirs)]:
             done.result()
