@@ -87,10 +87,19 @@ def test_a_module_and_options_for_torch_below(script, tmp_path):
     assert (done.returncode, done.stdout) == (0, "twice\n")
 
 
-def test_a_command_without_python():
-    done = deepspeed(
-        "--num_gpus", 2, "--no_local_rank", "--no_python", "sh", "-c", "echo rank $RANK; exit $((RANK * 6))"
-    )
+WHEN_RANK_0_HAS_GONE = """
+echo rank $RANK
+if [ $RANK = 0 ]; then echo $$ > "$0/pid"; exit; fi
+until [ -s "$0/pid" ]; do sleep 0.02; done
+while kill -0 $(cat "$0/pid") 2> /dev/null; do sleep 0.02; done
+sleep 1
+exit 6
+"""
+
+
+def test_a_command_without_python(tmp_path):
+    command = ("sh", "-c", WHEN_RANK_0_HAS_GONE, tmp_path)
+    done = deepspeed("--num_gpus", 2, "--no_local_rank", "--no_python", *command)
     assert done.returncode == 6
     assert sorted(done.stdout.splitlines()) == ["rank 0", "rank 1"]
     assert done.stderr == "\ndeepspeed: rank 1 exited with code 6\n"
