@@ -177,7 +177,7 @@ class SharedMemoryGroup(ProcessGroup):
         if work is not None:
             return ExchangeWork(work, outputs)
         begun = exchanges.elsewhere(what, self, links_of(self), partial(by_gloo, *args))
-        return ExchangeWork(DeferredWork([begun], what, self), outputs)
+        return GlooWork(begun, what, self, outputs)
 
     def _together(self, works: Sequence[Any], outputs: Sequence[Tensor]) -> Any:
         return ExchangeWork(DeferredWork(works, b"collectives in one", self), outputs)
@@ -216,6 +216,30 @@ class ExchangeWork(dist.Work):
         future: Any = torch.futures.Future()
         future.set_result(self._outputs)
         return future
+
+
+class GlooWork(ExchangeWork):
+    """A call that gloo makes; unlike an exchange it goes on while nobody waits, and so does what its future calls.
+
+    Args:
+        begun: gloo's own Work.
+        what: words of the call.
+        group: of ranks.
+        outputs: tensors that it fills.
+    """
+
+    def __init__(self, begun: Any, what: bytes, group: Any, outputs: Sequence[Any]) -> None:
+        super().__init__(DeferredWork([begun], what, group), outputs)
+        self._begun = begun
+
+    def result(self) -> list[Tensor]:
+        """Return the tensors that are filled, as gloo does."""
+        found: list[Tensor] = self._begun.result()
+        return found
+
+    def get_future(self) -> Any:
+        """Return gloo's future."""
+        return self._begun.get_future()
 
 
 def _is_waited_for(opts: Any) -> bool:

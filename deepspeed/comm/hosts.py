@@ -82,7 +82,7 @@ def hosts_of(group: dist.ProcessGroup | None) -> Hosts | None:
     """Return a group's hosts; None where it is on one, or where some rank has no neighbour to share memory with."""
     key: Any = dist.group.WORLD if group is None else group
     neighbours = neighbours_of(key)
-    if neighbours is None or len(neighbours.hosts) == 1:
+    if neighbours is None or neighbours.are_everyone:
         return None
     if key not in _HOSTS:
         _HOSTS[key] = Hosts(neighbours)

@@ -34,6 +34,11 @@ class Neighbours:
     hosts: tuple[tuple[int, ...], ...]
     """Ranks of the group on each host, as many on one as on the other."""
 
+    @property
+    def are_everyone(self) -> bool:
+        """Whether all ranks of the group share this host."""
+        return len(self.hosts) == 1
+
 
 _NEIGHBOURS: weakref.WeakKeyDictionary[dist.ProcessGroup, Neighbours | None] = weakref.WeakKeyDictionary()
 """What torch cannot keep on a group itself; an entry goes when its group does."""
@@ -50,13 +55,13 @@ def neighbours_of(group: dist.ProcessGroup | None) -> Neighbours | None:
 def links_of(group: dist.ProcessGroup | None) -> Links | None:
     """Return a group's links; None where its ranks do not all share memory."""
     found = neighbours_of(group)
-    return found.links if found is not None and len(found.hosts) == 1 else None
+    return found.links if found is not None and found.are_everyone else None
 
 
 def are_near(group: Any) -> bool:
     """Tell whether all ranks of a group are known to share memory; nobody is asked."""
     found = _NEIGHBOURS.get(group)
-    return found is not None and len(found.hosts) == 1
+    return found is not None and found.are_everyone
 
 
 def _connect(group: Any) -> Neighbours | None:

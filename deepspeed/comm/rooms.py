@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 SWITCH = "DEEPSPEED_SHARED_MEMORY"
-"""Environment variable; ``0`` on any rank leaves all traffic on the CPU to gloo."""
+"""Environment variable; ``0`` (or ``off``, ``no``, ``false``) on any rank leaves all traffic on the CPU to gloo."""
 
 PAGE = mmap.PAGESIZE
 

@@ -561,3 +561,20 @@ def test_ranks_that_wait_in_two_groups_for_each_other_say_so(tmp_path):
         assert end.code == 1
         assert "ranks wait for each other: rank 0 is in all_reduce of 3" in end.said
         assert "rank 1 is in barrier" in end.said
+
+
+def test_the_future_of_a_call_by_gloo_is_not_waited_for(tmp_path):
+    run_on_ranks(2, asks_for_a_future, tmp_path / "asked", backend="shm")
+
+
+def asks_for_a_future(asked):
+    tensor = torch.full((3,), 2.0)
+    while dist.get_rank() == 1 and not asked.exists():
+        time.sleep(0.01)
+    work = dist.all_reduce(tensor, op=dist.ReduceOp.PRODUCT, async_op=True)
+    future = work.get_future()
+    if dist.get_rank() == 0:
+        assert not future.done()
+        asked.touch()
+    future.wait()
+    assert tensor.tolist() == [4, 4, 4]
