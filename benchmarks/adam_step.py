@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from results import RESULTS, header, header_lines, markdown_table, write
+from arguments import add_results, count
+from results import header, header_lines, markdown_table, write
 
 from deepspeed.ops.adam import FusedAdam, path_in_use
 
@@ -70,15 +71,7 @@ def measure(rows: dict[str, Step], rounds: int) -> dict[str, list[float]]:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--numel", type=int, default=33_554_432)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--note", default="", help="a sentence to print with the results")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args()
+    options = parse(sys.argv[1:])
     head = header(options.note)
     torch.set_num_threads(options.threads)
     rows = {BASE: naive(options.numel), "this project, chunked": ours(options.numel, compiled=False)}
@@ -87,6 +80,18 @@ def main() -> None:
         rows["this project, compiled"] = ours(options.numel, compiled=True)
     times = measure(rows, options.rounds)
     print(report(times, f"Without choice, large models use the {path} pass here: {reason}.", head, options))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--numel", type=count, default=33_554_432)
+    parser.add_argument("--rounds", type=count, default=15)
+    parser.add_argument("--threads", type=count, default=1)
+    add_results(parser)
+    return parser.parse_args(arguments)
 
 
 def report(

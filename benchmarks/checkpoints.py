@@ -19,10 +19,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from arguments import add_original, add_results, count, folder, stages
 from launch import HERE, interpreter_of, run_ranks
 from model import Shape
 from offload_memory import shape_of
-from results import RESULTS, header, header_lines, markdown_table, write
+from results import header, header_lines, markdown_table, write
 
 SAVE_GOAL = LOAD_GOAL = 1.5
 BLOCKING_GOAL = 0.25
@@ -68,16 +69,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--millions", type=int, default=300, help="parameters of the model")
+    parser.add_argument("--millions", type=count, default=300, help="parameters of the model")
+    parser.add_argument("--stages", type=stages, default=[2, 3], help="comma-separated")
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--ranks", type=count, default=2)
     parser.add_argument(
-        "--stages", type=lambda text: list(map(int, text.split(","))), default=[2, 3], help="comma-separated"
+        "--folder", type=folder, default=Path("/var/tmp"), help="where checkpoints are written"
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=Path("/var/tmp"), help="where checkpoints are written")
-    parser.add_argument("--original-python", type=Path, help="a Python that has the original")
-    parser.add_argument("--note", default="", help="a sentence to print with the results")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_original(parser)
+    add_results(parser)
     return parser.parse_args(arguments)
 
 

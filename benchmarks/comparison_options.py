@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from arguments import (
+    add_original,
+    add_results,
+    add_shape,
+    chosen_shape,
+    count,
+    count_or_none,
+    file_name,
+    folder,
+)
 from model import Shape
 from results import RESULTS
 from rows import DEFAULT_ROWS, split_row
@@ -38,16 +48,16 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Options:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=_rows, default=DEFAULT_ROWS, help="comma-separated, in order")
-    parser.add_argument("--pairs", type=int, help=f"rounds ({PAIRS}; quick: {QUICK_PAIRS})")
-    parser.add_argument("--steps", type=int, help=f"timed steps a run ({STEPS}; quick: {QUICK_STEPS})")
-    parser.add_argument("--warmup", type=int, default=WARMUP, help="steps before them")
+    parser.add_argument("--pairs", type=count, help=f"rounds ({PAIRS}; quick: {QUICK_PAIRS})")
+    parser.add_argument("--steps", type=count, help=f"timed steps a run ({STEPS}; quick: {QUICK_STEPS})")
+    parser.add_argument("--warmup", type=count_or_none, default=WARMUP, help="steps before them")
     add_work(parser)
     add_places(parser)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and steps")
-    parser.add_argument("--name", default=Options.name, help="file name of the results")
+    parser.add_argument("--name", type=file_name, default=Options.name, help="file name of the results")
     given = parser.parse_args(arguments)
     return Options(
-        work=chosen_work(given),
+        work=chosen_work(parser, given),
         rows=given.rows,
         pairs=given.pairs or (QUICK_PAIRS if given.quick else PAIRS),
         steps=given.steps or (QUICK_STEPS if given.quick else STEPS),
@@ -63,18 +73,19 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Options:
 def add_work(parser: argparse.ArgumentParser) -> None:
     """Add what `chosen_work` reads."""
     parser.add_argument("--precision", choices=PRECISIONS, default=Work.precision)
-    parser.add_argument("--ranks", type=int, default=Work.ranks)
-    parser.add_argument("--threads", type=int, default=Work.threads, help="threads of a rank")
-    parser.add_argument("--accumulation", type=int, default=Work.accumulation, help="micro-batches of a step")
+    parser.add_argument("--ranks", type=count, default=Work.ranks)
+    parser.add_argument("--threads", type=count, default=Work.threads, help="threads of a rank")
+    parser.add_argument(
+        "--accumulation", type=count, default=Work.accumulation, help="micro-batches of a step"
+    )
     parser.add_argument("--checkpointing", action="store_true", help="run the blocks again in backward")
-    for size in fields(Shape):
-        parser.add_argument(f"--{size.name}", type=int, default=size.default)
+    add_shape(parser, Shape())
 
 
-def chosen_work(given: argparse.Namespace) -> Work:
+def chosen_work(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Work:
     """Return the work of a command line."""
     return Work(
-        shape=Shape(**{size.name: getattr(given, size.name) for size in fields(Shape)}),
+        shape=chosen_shape(parser, given),
         precision=given.precision,
         ranks=given.ranks,
         threads=given.threads,
@@ -86,13 +97,10 @@ def chosen_work(given: argparse.Namespace) -> Work:
 def add_places(parser: argparse.ArgumentParser) -> None:
     """Add where things are, and a note."""
     parser.add_argument(
-        "--swap", type=Path, default=Options.swap, help="folder on the disk that rows with offload use"
+        "--swap", type=folder, default=Options.swap, help="folder on the disk that rows with offload use"
     )
-    parser.add_argument(
-        "--original-python", type=Path, help="a Python that has the original, instead of making one"
-    )
-    parser.add_argument("--note", default="", help="a sentence to print with the results")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_original(parser)
+    add_results(parser)
 
 
 def _rows(text: str) -> tuple[str, ...]:

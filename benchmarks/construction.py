@@ -13,14 +13,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from arguments import add_results, add_shape, chosen_shape, count
 from launch import HERE, run_ranks, this_project
 from model import Shape, count_parameters, largest_parameter
-from results import RESULTS, header, header_lines, markdown_table, write
+from results import header, header_lines, markdown_table, write
 
 GOAL = 0.15
 MIB = 2**20
@@ -44,7 +45,7 @@ class Prediction:
 def main() -> int:
     """Measure, print and write; 1 when the goal is not met."""
     options = parse(sys.argv[1:])
-    shape = Shape(**{f.name: getattr(options, f.name) for f in fields(Shape)})
+    shape = options.shape
     head = header(options.note)
     runs = []
     for number in range(options.runs):
@@ -61,13 +62,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=3, help="fresh sets of processes")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--note", default="", help="a sentence to print with the results")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    for size in fields(Shape):
-        parser.add_argument(f"--{size.name}", type=int, default=getattr(BILLION, size.name))
-    return parser.parse_args(arguments)
+    parser.add_argument("--runs", type=count, default=3, help="fresh sets of processes")
+    parser.add_argument("--ranks", type=count, default=2)
+    add_results(parser)
+    add_shape(parser, BILLION)
+    given = parser.parse_args(arguments)
+    given.shape = chosen_shape(parser, given)
+    return given
 
 
 def measure(shape: Shape, ranks: int) -> list[dict[str, Any]]:

@@ -23,7 +23,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from results import RESULTS, header, header_lines, markdown_table, write
+from arguments import add_results, count, folder
+from results import header, header_lines, markdown_table, write
 
 from deepspeed.common.commands import in_words, size
 from deepspeed.offload.tools.measure import Bench, Setting
@@ -74,11 +75,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", default=".", help="a folder on the disk to measure")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--folder", type=folder, default=Path(), help="a folder on the disk to measure")
+    parser.add_argument("--rounds", type=count, default=9)
     parser.add_argument("--size", type=size, default=2**30, help="bytes a measurement moves")
-    parser.add_argument("--note", default="", help="a sentence to print with the results")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_results(parser)
     return parser.parse_args(arguments)
 
 

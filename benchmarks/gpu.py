@@ -23,6 +23,7 @@ from subprocess import CalledProcessError
 from typing import Any
 
 import gpu_device
+from arguments import count, count_or_none, file_name, positive
 from compare import named_versions
 from comparison_options import Options, add_places, add_work, chosen_work
 from comparison_table import Turn, make_turn, summarise
@@ -126,12 +127,14 @@ def parse(arguments: Sequence[str]) -> Bench:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=_rows, default=ROWS, help="comma-separated, in order")
-    parser.add_argument("--pairs", type=int, default=3, help="rounds")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps a run")
-    parser.add_argument("--warmup", type=int, default=4, help="steps before them")
+    parser.add_argument("--pairs", type=count, default=3, help="rounds")
+    parser.add_argument("--steps", type=count, default=10, help="timed steps a run")
+    parser.add_argument("--warmup", type=count_or_none, default=4, help="steps before them")
     parser.add_argument("--profile", action="store_true", help="look at copies, streams and waits")
-    parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of the device, in 1e12 a second")
-    parser.add_argument("--name", default="gpu", help="file name of the results")
+    parser.add_argument(
+        "--peak-tflops", type=positive, help="dense bf16 peak of the device, in 1e12 a second"
+    )
+    parser.add_argument("--name", type=file_name, default="gpu", help="file name of the results")
     add_work(parser)
     add_places(parser)
     size = TINY if on_host else BILLION
@@ -141,7 +144,7 @@ def parse(arguments: Sequence[str]) -> Bench:
     if given.ranks != 1:
         parser.error(f"--ranks: expected 1, got {given.ranks}; compare.py runs several, on the host")
     options = Options(
-        work=chosen_work(given),
+        work=chosen_work(parser, given),
         rows=given.rows,
         pairs=given.pairs,
         steps=given.steps,

@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 import transformers
+from arguments import add_results, count, folder, python, some_of
 from launch import HERE, interpreter_of, run_ranks
-from results import RESULTS, header, header_lines, markdown_table, write
+from results import header, header_lines, markdown_table, write
 
 TRAINER_GOAL, LOAD_GOAL, GENERATE_GOAL = 1.3, 0.7, 2.0
 MIB = 2**20
@@ -96,21 +97,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="of the Trainer that are timed, after 4 others")
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument(
+        "--steps", type=count, default=20, help="of the Trainer that are timed, after 4 others"
+    )
     names = sorted({task.name for task in TASKS})
     parser.add_argument(
         "--tasks",
-        type=lambda text: text.split(","),
+        type=some_of(names),
         default=names,
         help=f"comma-separated: {', '.join(names)}",
     )
-    parser.add_argument("--folder", type=Path, default=Path("/var/tmp"), help="where models are written")
+    parser.add_argument("--folder", type=folder, default=Path("/var/tmp"), help="where models are written")
     parser.add_argument(
-        "--original-python", type=Path, help="a Python that has the original, transformers and accelerate"
+        "--original-python", type=python, help="a Python that has the original, transformers and accelerate"
     )
-    parser.add_argument("--note", default="", help="a sentence to print with the results")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_results(parser)
     return parser.parse_args(arguments)
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from arguments import add_original, add_results, count
 from launch import child_environment, interpreter_of
-from results import RESULTS, header, header_lines, markdown_table, write
+from results import header, header_lines, markdown_table, write
 
 GOAL = 0.25
 NAMES = {"ours": "this project", "original": "original DeepSpeed"}
@@ -36,16 +39,7 @@ print(json.dumps({"torch": b - a, "added": c - b, "used": d - b, "modules": modu
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument(
-        "--original-python", type=Path, help="a Python that has the original, instead of making one"
-    )
-    parser.add_argument("--note", default="", help="a sentence to print with the results")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args()
+    options = parse(sys.argv[1:])
     head = header(options.note)
     for kind in NAMES:
         # Unmeasured: byte code is compiled and files come into the cache.
@@ -55,6 +49,17 @@ def main() -> None:
         for kind in NAMES:
             runs[kind].append(probe(kind, options.original_python))
     print(report(runs, head, options.out).read_text())
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", type=count, default=7)
+    add_original(parser)
+    add_results(parser)
+    return parser.parse_args(arguments)
 
 
 def probe(kind: str, original_python: Path | None) -> dict[str, Any]:

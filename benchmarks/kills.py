@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from arguments import count, count_or_none, folder, positive
 from launch import HERE, child_environment, free_port, this_project
 from results import RESULTS, header, header_lines, markdown_table, write
 
@@ -134,10 +135,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--most", type=float, default=0.4, help="seconds after a save")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path("/var/tmp"), help="where checkpoints are written")
+    parser.add_argument("--trials", type=count, default=100)
+    parser.add_argument("--most", type=positive, default=0.4, help="seconds after a save")
+    parser.add_argument("--seed", type=count_or_none, default=0)
+    parser.add_argument(
+        "--folder", type=folder, default=Path("/var/tmp"), help="where checkpoints are written"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     return parser.parse_args(arguments)
 

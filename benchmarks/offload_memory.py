@@ -18,9 +18,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from arguments import add_results, count, counts, folder
 from launch import HERE, run_ranks, this_project
 from model import Shape, count_parameters
-from results import RESULTS, header, header_lines, markdown_table, write
+from results import header, header_lines, markdown_table, write
 
 COMPARED = 300
 """Millions of parameters of the model whose two peaks are compared."""
@@ -80,18 +81,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--millions",
-        type=lambda text: sorted(map(int, text.split(","))),
+        type=counts,
         default=[100, 300, 600],
         help="parameters of the models, comma-separated",
     )
     parser.add_argument(
-        "--most-resident", type=int, default=COMPARED, help="largest size that is run without offload too"
+        "--most-resident", type=count, default=COMPARED, help="largest size that is run without offload too"
     )
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--swap", type=Path, default=Path("/var/tmp"), help="folder on the disk to use")
-    parser.add_argument("--note", default="", help="a sentence to print with the results")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--ranks", type=count, default=2)
+    parser.add_argument("--steps", type=count, default=3)
+    parser.add_argument("--swap", type=folder, default=Path("/var/tmp"), help="folder on the disk to use")
+    add_results(parser)
     return parser.parse_args(arguments)
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from arguments import add_original, add_results, count, stages
 from launch import HERE, interpreter_of, run_ranks
-from results import RESULTS, header, header_lines, markdown_table, write
+from results import header, header_lines, markdown_table, write
 
 GOAL = 0.5
 LAYERS, PARAMETERS_OF_LAYER = 4, 2
@@ -59,16 +60,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", type=int, default=3, help="processes of each kind")
-    parser.add_argument("--turns", type=int, default=9, help="turns of either loop in a process")
-    parser.add_argument("--steps", type=int, default=200, help="steps of a turn")
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--shape-stages", type=int, nargs="*", default=[0, 2, 3], help="of larger models")
-    parser.add_argument(
-        "--original-python", type=Path, help="a Python that has the original, instead of making one"
-    )
-    parser.add_argument("--note", default="", help="a sentence to print with the results")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--pairs", type=count, default=3, help="processes of each kind")
+    parser.add_argument("--turns", type=count, default=9, help="turns of either loop in a process")
+    parser.add_argument("--steps", type=count, default=200, help="steps of a turn")
+    parser.add_argument("--stages", type=stages, default=[0, 1, 2], help="comma-separated")
+    parser.add_argument("--shape-stages", type=stages, default=[0, 2, 3], help="of larger models")
+    add_original(parser)
+    add_results(parser)
     return parser.parse_args(arguments)
 
 

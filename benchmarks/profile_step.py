@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from arguments import count, count_or_none, file_name
 from compare import named_versions, run_row
 from comparison_options import WARMUP, Options, add_places, add_work, chosen_work
 from comparison_page import Page
@@ -60,14 +61,14 @@ def parse(arguments: Sequence[str]) -> Options:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("row", type=_row, help="as in rows.py: ours:2, original:3:host, ddp, ...")
-    parser.add_argument("--steps", type=int, default=STEPS, help="steps without and under the profiler")
-    parser.add_argument("--warmup", type=int, default=WARMUP, help="steps before them")
-    parser.add_argument("--name", help="file name of the results (profile_ROW)")
+    parser.add_argument("--steps", type=count, default=STEPS, help="steps without and under the profiler")
+    parser.add_argument("--warmup", type=count_or_none, default=WARMUP, help="steps before them")
+    parser.add_argument("--name", type=file_name, help="file name of the results (profile_ROW)")
     add_work(parser)
     add_places(parser)
     given = parser.parse_args(arguments)
     return Options(
-        work=chosen_work(given),
+        work=chosen_work(parser, given),
         rows=tuple(dict.fromkeys((given.row, *BESIDE))),
         steps=given.steps,
         warmup=given.warmup,

@@ -25,9 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from arguments import add_results, count, counts, some_of, stages
 from launch import HERE, Interpreter, run_ranks
 from llama import SHAPES, count_parameters
-from results import RESULTS, header, header_lines, markdown_table, write
+from results import header, header_lines, markdown_table, write
 from scaling_picture import draw
 
 WEIGHT, GRADIENT, STATES = 2, 2, 12  # bytes for each parameter
@@ -100,24 +101,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", type=_models, default=["7B", "70B"], help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--stages", type=_numbers, default=[1, 2, 3])
-    parser.add_argument("--ranks", type=_numbers, default=[8, 64, 512])
-    parser.add_argument("--seq", type=int, default=2048, help="tokens of the one sample in a micro-batch")
-    parser.add_argument("--note", default="", help="a sentence to print with the results")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--models", type=some_of(SHAPES), default=["7B", "70B"], help=f"of {', '.join(SHAPES)}"
+    )
+    parser.add_argument("--stages", type=stages, default=[1, 2, 3])
+    parser.add_argument("--ranks", type=counts, default=[8, 64, 512])
+    parser.add_argument("--seq", type=count, default=2048, help="tokens of the one sample in a micro-batch")
+    add_results(parser)
     return parser.parse_args(arguments)
-
-
-def _models(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := set(names) - set(SHAPES):
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(SHAPES)}, got {', '.join(unknown)}")
-    return names
-
-
-def _numbers(text: str) -> list[int]:
-    return sorted(map(int, text.split(",")))
 
 
 def simulate(model: str, stage: int, ranks: int, seq: int) -> Run:

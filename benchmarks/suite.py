@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from arguments import count, some_of
 from compare import Comparison, measure
 from comparison_index import load, write_index
 from comparison_options import PAIRS, QUICK_PAIRS, QUICK_STEPS, STEPS, Options, add_places
@@ -50,24 +51,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", type=_names, default=NAMES, help="comma-separated, of --list")
+    parser.add_argument("--only", type=some_of(NAMES), default=NAMES, help="comma-separated, of --list")
     parser.add_argument("--list", action="store_true", help="name what there is to measure")
     parser.add_argument("--index", action="store_true", help="only write the overview")
-    parser.add_argument("--pairs", type=int, help=f"rounds ({PAIRS}; quick: {QUICK_PAIRS})")
+    parser.add_argument("--pairs", type=count, help=f"rounds ({PAIRS}; quick: {QUICK_PAIRS})")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and steps")
     parser.add_argument("--again", action="store_true", help="measure anew what is there already")
     add_places(parser)
     given = parser.parse_args(arguments)
     given.note = " ".join(filter(None, [QUICK_NOTE if given.quick else "", given.note]))
     return given
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in NAMES:
-            raise argparse.ArgumentTypeError(f"expected one of {', '.join(NAMES)}, got {name!r}")
-    return names
 
 
 def run(given: argparse.Namespace) -> list[str]:
@@ -144,17 +137,23 @@ def run_script(single: Single, given: argparse.Namespace) -> str:
     before = load(given.out, single.name)
     if not given.again and is_current(before, header(given.note)):
         return f"measured already, {before['date']}"
+    command = [sys.executable, str(HERE / single.script), *script_arguments(single, given)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL)
+    # What it wrote counts: some end with 1 when a goal is not met.
+    if load(given.out, single.name) == before:
+        return f"failed: exit code {done.returncode}"
+    return "done"
+
+
+def script_arguments(single: Single, given: argparse.Namespace) -> list[str]:
+    """Say to a benchmark's script what was said to the suite."""
     arguments = ["--out", str(given.out), "--note", given.note]
     arguments += single.quick if given.quick else ()
     arguments += [single.rounds, str(given.pairs)] if given.pairs else []
     arguments += ["--folder", str(given.swap)] if single.swaps else []
     if single.beside_original and given.original_python:
         arguments += ["--original-python", str(given.original_python)]
-    done = subprocess.run([sys.executable, str(HERE / single.script), *arguments], stdout=subprocess.DEVNULL)
-    # What it wrote counts: some end with 1 when a goal is not met.
-    if load(given.out, single.name) == before:
-        return f"failed: exit code {done.returncode}"
-    return "done"
+    return arguments
 
 
 def say(text: str) -> None:

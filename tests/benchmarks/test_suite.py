@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 Load = Callable[[str], ModuleType]
 
 
@@ -72,13 +72,15 @@ def test_settings_cover_stages_precisions_accumulation_ranks_and_sizes(load: Loa
     assert millions["size_120m"] == pytest.approx(120, abs=1)
 
 
-def test_every_script_of_the_suite_takes_what_it_is_given(load: Load) -> None:
+def test_every_script_of_the_suite_takes_what_it_is_given(load: Load, tmp_path: Path) -> None:
+    suite = load("suite")
+    asked = ["--quick", "--pairs", "4", "--note", "slow", "--original-python", sys.executable]
+    given = suite.parse([*asked, "--out", str(tmp_path), "--swap", str(tmp_path)])
     for single in load("suite_settings").SINGLES:
-        text = (BENCHMARKS / single.script).read_text()
-        options = [single.rounds, "--note", "--out", *(name for name in single.quick if name[0] == "-")]
-        options += ["--original-python"] if single.beside_original else []
-        for option in options + (["--folder"] if single.swaps else []):
-            assert f'"{option}"' in text
+        taken = load(single.name).parse(suite.script_arguments(single, given))
+
+        assert (getattr(taken, single.rounds[2:]), taken.out) == (4, tmp_path)
+        assert taken.note.endswith("slow")
 
 
 def test_a_suite_goes_on_where_it_stopped(load: Load, runs: list[tuple[str, str]], tmp_path: Path) -> None:
