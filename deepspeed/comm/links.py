@@ -283,15 +283,37 @@ class Links:
         if kind == PLACE:
             self._places[peer] = readable(message[SIGNAL.size :])
             return
-        self._latest[peer] = call
         if kind == SHARE:
-            self._shared[peer, call] = descriptors[0]
+            self._shared[peer, call] = self._descriptor(peer, descriptors)
         elif kind == READY:
-            if descriptors:
-                self._theirs[peer, index] = Room(descriptors[0], nbytes, index)
-                os.close(descriptors[0])
+            if (peer, index) not in self._theirs:
+                self._theirs[peer, index] = self._entered(peer, index, nbytes, descriptors)
             self._announced[peer, call] = self._theirs[peer, index]
+        self._latest[peer] = call
         self._compare(peer, call, message[SIGNAL.size :])
+
+    def _entered(self, peer: int, index: int, nbytes: int, descriptors: list[int]) -> Room:
+        """Map a room that a peer has made."""
+        descriptor = self._descriptor(peer, descriptors)
+        try:
+            return Room(descriptor, nbytes, index)
+        except OSError as error:
+            raise self._unreachable(peer, f"{nbytes} bytes cannot be mapped: {error}") from error
+        finally:
+            os.close(descriptor)
+
+    def _descriptor(self, peer: int, descriptors: list[int]) -> int:
+        """Return the file descriptor that came with a signal; the system drops it where this process has too many."""
+        if not descriptors:
+            raise self._unreachable(peer, "this process has as many files open as it may (ulimit -n)")
+        return descriptors[0]
+
+    def _unreachable(self, peer: int, why: str) -> CommunicationError:
+        self._broken = CommunicationError(
+            f"rank {self.names[self.rank]} cannot read what rank {self.names[peer]} shares with it: {why}; "
+            f"give it more, or set {SWITCH}=0 to leave all to gloo"
+        )
+        return self._broken
 
     def close(self) -> None:
         """Close the sockets; also done when nobody holds the links any more."""

@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import resource
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from harness import on_ranks
 
 from deepspeed import comm
-from deepspeed.comm import exchanges, shared
+from deepspeed.comm import exchanges, rooms, shared
 from deepspeed.comm.links import Links
 from deepspeed.comm.neighbours import links_of
 from deepspeed.comm.outbox import flush_all
@@ -331,6 +332,37 @@ def test_memory_that_cannot_be_had_is_an_error_that_says_so(monkeypatch):
         CommunicationError, match="Too many open files; wait for some, or set DEEPSPEED_SHARED"
     ):
         links_of(None).room(2**30)
+
+
+@pytest.fixture
+def no_more_files():
+    """Let the process open no further file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_room_of_a_peer_that_cannot_be_received_is_an_error_that_says_so(linked_pair, request):
+    ours, theirs = linked_pair
+    theirs.announce(theirs.room(8), b"sum")
+    request.getfixturevalue("no_more_files")
+    for _ in range(2):
+        with pytest.raises(CommunicationError, match=r"rank 0 cannot read what rank 1 shares.*ulimit -n.*=0"):
+            ours.awaited(1, 1)
+
+
+def test_a_room_of_a_peer_that_cannot_be_mapped_is_an_error_that_says_so(monkeypatch, linked_pair):
+    def refuse(*args):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    ours, theirs = linked_pair
+    theirs.announce(theirs.room(8), b"sum")
+    monkeypatch.setattr(rooms, "_mapped", refuse)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CommunicationError, match=r"rank 0 cannot read .* Cannot allocate memory"):
+        ours.awaited(1, 1)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("switch", ["0", "off", "False"])
