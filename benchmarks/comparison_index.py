@@ -49,8 +49,16 @@ def paragraphs(folder: Path) -> list[str]:
         *([markdown_table(TITLES, rows)] if rows else []),
         *(["## Training steps", *(_story(*pair) for pair in settings)] if settings else []),
         *(["## Other benchmarks", *(_story(*pair) for pair in singles)] if singles else []),
+        *_profiles(folder),
         *([f"Not measured yet: {', '.join(missing)}."] if missing else []),
     ]
+
+
+def _profiles(folder: Path) -> list[str]:
+    """List the pages that say where the steps of a row go."""
+    titles = {page: page.read_text().splitlines()[0].lstrip("# ") for page in folder.glob("profile_*.md")}
+    lines = [f"- {title}: [{page.stem}]({page.name})" for page, title in sorted(titles.items())]
+    return ["## Where the time and the memory of a step are", "\n".join(lines)] if lines else []
 
 
 def load(folder: Path, name: str) -> dict[str, Any]:
@@ -100,7 +108,10 @@ def _goals(held: Sequence[Verdict]) -> list[str]:
 
 def _story(each: Setting | Single, document: dict[str, Any]) -> str:
     """Say when, on what and with what versions something was measured, and what failed."""
-    lines = [f"[{each.name}]({each.name}.md): {each.title}.", *header_lines(document, document["versions"])]
+    lines = [f"[{each.name}]({each.name}.md): {each.title}."]
+    if rounds := len({turn["round"] for turn in document.get("turns", [])}):
+        lines.append(f"Rounds: {rounds}.")
+    lines += header_lines(document, document["versions"])
     failures = [
         f"**{label(row)} failed:** {why.splitlines()[-1]}"
         for row, why in document.get("failures", {}).items()

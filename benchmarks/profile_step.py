@@ -36,6 +36,12 @@ FACTS: dict[str, Callable[[dict[str, Any]], float]] = {
     "ms in the system, all threads": lambda rank: rank["system"] * 1e3,
     "ms of processor time of other threads": lambda rank: rank["other_threads"] * 1e3,
 }
+MEMORY = {
+    "before there is a model": "bare",
+    "tensors between steps": "tensors",
+    "shared with other ranks between steps": "shared",
+    "at the peak of a step": "peak",
+}
 Ranks = Sequence[dict[str, Any]]
 
 
@@ -99,6 +105,7 @@ def paragraphs(
         *header_lines(head, versions),
         lines_table(found, row),
         facts_table(found),
+        memory_table(found),
         "## The slowest operators",
         operators_table(found, row),
         f"Means of {options.steps} steps. Times of the first and the last table are from steps under torch's "
@@ -150,6 +157,15 @@ def facts_table(found: dict[str, Ranks]) -> str:
         for name, fact in FACTS.items()
     ]
     return markdown_table(["of a step", *map(label, found)], cells)
+
+
+def memory_table(found: dict[str, Ranks]) -> str:
+    """Lay out where memory is, means over ranks."""
+    cells = [
+        [name, *(f"{_mean(rank['memory'][key] / 2**20 for rank in ranks):,.0f}" for ranks in found.values())]
+        for name, key in MEMORY.items()
+    ]
+    return markdown_table(["MiB of a rank", *map(label, found)], cells)
 
 
 def operators_table(found: dict[str, Ranks], row: str) -> str:

@@ -6,6 +6,7 @@ the profiler, which makes them slower.
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import time
@@ -17,9 +18,9 @@ from statistics import median
 from typing import Any
 
 import torch.distributed as dist
-from meter import write_record
+from meter import Memory, resident, resident_kinds, write_record
 from rows import Trainer, split_row
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from worker import draw_steps, parse, run_step, start, versions
 
@@ -47,6 +48,7 @@ def main() -> None:
     """Profile one row and write `OUT/rankR.json`."""
     options = parse()
     rank = int(os.environ["RANK"])
+    bare = resident()
     work, trainer = start(options)
     drawn = iter(draw_steps(work, rank, options.warmup + 2 * options.steps + UNSEEN))
     for micro_batches in islice(drawn, options.warmup):
@@ -55,6 +57,7 @@ def main() -> None:
     # The first steps under a profiler take longer.
     profiled(trainer, list(islice(drawn, UNSEEN)))
     record |= profiled(trainer, list(drawn))
+    record["memory"]["bare"] = bare
     record["versions"] = versions(split_row(options.row).kind)
     write_record(options.out, rank, record)
     dist.barrier()
@@ -69,6 +72,8 @@ def timed(trainer: Trainer, steps: list[list[tuple[Tensor, Tensor]]]) -> dict[st
         time.process_time(),
         time.thread_time(),
     )
+    memory = Memory()
+    memory.restart()
     spans = [run_step(trainer, micro_batches)[0] for micro_batches in steps]
     others = time.process_time() - process - (time.thread_time() - thread)
     after = resource.getrusage(resource.RUSAGE_SELF)
@@ -79,7 +84,15 @@ def timed(trainer: Trainer, steps: list[list[tuple[Tensor, Tensor]]]) -> dict[st
         "switches": (after.ru_nvcsw - before.ru_nvcsw) / len(steps),
         "system": (after.ru_stime - before.ru_stime) / len(steps),
         "other_threads": others / len(steps),
+        "memory": {"tensors": tensor_bytes(), "shared": resident_kinds()["RssShmem"], "peak": memory.peak()},
     }
+
+
+def tensor_bytes() -> int:
+    """Count the bytes of the tensors that Python holds, each block of memory once."""
+    held = [one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)]
+    blocks = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in held}
+    return sum(blocks.values())
 
 
 def profiled(trainer: Trainer, steps: list[list[tuple[Tensor, Tensor]]]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def a_rank(copies: float, waits: float) -> dict[str, Any]:
         "switches": 3.0,
         "system": 0.002,
         "other_threads": 0.001,
+        "memory": {"bare": 2**28, "tensors": 2**29, "shared": 0, "peak": 2**30},
         "versions": {"torch": "2"},
     }
 
@@ -81,13 +82,16 @@ def test_the_page_explains_a_row_beside_one_rank_alone(load: Load) -> None:
     head = load("results").header()
 
     page = profile.paragraphs(found, options, head, {"torch": "2"})
-    copies = next(line for line in page[-5].splitlines() if line.startswith("| copies"))
+    copies = next(line for line in page[-6].splitlines() if line.startswith("| copies"))
 
     assert options.name == "profile_ours_2"
     assert options.rows == ("ours:2", "alone", "compute")
     assert [cell.strip() for cell in copies.split("|")[2:-1]] == [
         "0.0", "250.0", "0.0", "250.0", "200.0-300.0", "150.0", "100.0", "+100.0",
     ]  # fmt: skip
-    assert "| page faults " in page[-4]
+    assert "| page faults " in page[-5]
+    assert [cell.strip() for cell in page[-4].splitlines()[-1].split("|")[1:-1]] == [
+        "at the peak of a step", "1,024", "1,024", "1,024",
+    ]  # fmt: skip
     assert page[-2].splitlines()[2].split("|")[1].strip() == "`aten::copy_`"
     assert "fp32" in page[1]

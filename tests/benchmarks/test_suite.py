@@ -171,6 +171,7 @@ def test_the_overview_has_a_line_for_every_stage_made_from_the_figures(
     suite.run(suite.parse(["--only", "step_bf16", "--pairs", "1", "--out", str(tmp_path)]))
     head = {"date": "today", "machine": load("meter").machine(), "note": "", "versions": {"torch": "2"}}
     (tmp_path / "overhead.json").write_text(json.dumps({**head, "verdicts": ["- Stage 0: fast (met)."]}))
+    (tmp_path / "profile_ours_2.md").write_text("# Where a step goes: this project\n\nFar.\n")
     (tmp_path / "index.md").unlink()
 
     page = index.write_index(tmp_path).read_text()
@@ -185,6 +186,8 @@ def test_the_overview_has_a_line_for_every_stage_made_from_the_figures(
     assert first["goals"] == "x original >= 1.75, memory <= 0.9, x limit <= 1.12"
     assert rows[1][-1] == "NOT met: memory"
     assert "- Stage 0: fast (met)." in page
+    assert "[step_bf16](step_bf16.md): 33M, bf16. Rounds: 1. Measured" in page
+    assert "- Where a step goes: this project: [profile_ours_2](profile_ours_2.md)" in page
     assert "checkpoints" in page.splitlines()[-1]
 
 
