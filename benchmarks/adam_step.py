@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from arguments import add_results, count
+from arguments import add_results
 from results import header, header_lines, markdown_table, write
 
+from deepspeed.common.commands import count
 from deepspeed.ops.adam import FusedAdam, path_in_use
 
 Step = Callable[[], None]

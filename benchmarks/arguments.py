@@ -12,15 +12,7 @@ from pathlib import Path
 from model import Shape
 from results import RESULTS
 
-
-def count(text: str) -> int:
-    """Read a number of something there must be."""
-    return _number(text, least=1)
-
-
-def count_or_none(text: str) -> int:
-    """Read a number of something there may be none of."""
-    return _number(text, least=0)
+from deepspeed.common.commands import count
 
 
 def counts(text: str) -> list[int]:
@@ -109,13 +101,3 @@ def chosen_shape(parser: argparse.ArgumentParser, given: argparse.Namespace) -> 
     if given.dim % given.heads:
         parser.error(f"--dim: expected a multiple of --heads, which is {given.heads}, got {given.dim}")
     return Shape(**{size.name: getattr(given, size.name) for size in fields(Shape)})
-
-
-def _number(text: str, least: int) -> int:
-    try:
-        found = int(text)
-    except ValueError:
-        found = least - 1
-    if found < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
-    return found

@@ -19,11 +19,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from arguments import add_original, add_results, count, folder, stages
+from arguments import add_original, add_results, folder, stages
 from launch import HERE, interpreter_of, run_ranks
 from model import Shape
 from offload_memory import shape_of
 from results import header, header_lines, markdown_table, write
+
+from deepspeed.common.commands import count
 
 SAVE_GOAL = LOAD_GOAL = 1.5
 BLOCKING_GOAL = 0.25

@@ -7,20 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arguments import (
-    add_original,
-    add_results,
-    add_shape,
-    chosen_shape,
-    count,
-    count_or_none,
-    file_name,
-    folder,
-)
+from arguments import add_original, add_results, add_shape, chosen_shape, file_name, folder
 from model import Shape
 from results import RESULTS
 from rows import DEFAULT_ROWS, split_row
 from work import PRECISIONS, Work
+
+from deepspeed.common.commands import count, count_or_none
 
 PAIRS, STEPS, WARMUP = 5, 12, 3
 QUICK_PAIRS, QUICK_STEPS = 2, 6

@@ -18,10 +18,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from arguments import add_results, add_shape, chosen_shape, count
+from arguments import add_results, add_shape, chosen_shape
 from launch import HERE, run_ranks, this_project
 from model import Shape, count_parameters, largest_parameter
 from results import header, header_lines, markdown_table, write
+
+from deepspeed.common.commands import count
 
 GOAL = 0.15
 MIB = 2**20

@@ -23,10 +23,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from arguments import add_results, count, folder
+from arguments import add_results, folder
 from results import header, header_lines, markdown_table, write
 
-from deepspeed.common.commands import in_words, size
+from deepspeed.common.commands import count, in_words, size
 from deepspeed.offload.tools.measure import Bench, Setting
 from deepspeed.version import __version__
 

@@ -23,7 +23,7 @@ from subprocess import CalledProcessError
 from typing import Any
 
 import gpu_device
-from arguments import count, count_or_none, file_name, positive
+from arguments import file_name, positive
 from compare import named_versions
 from comparison_options import Options, add_places, add_work, chosen_work
 from comparison_table import Turn, make_turn, summarise
@@ -43,6 +43,8 @@ from launch import HERE, Interpreter, RunFailed, interpreter_of, run_ranks
 from model import Shape, count_parameters
 from results import RESULTS, header, header_lines, write
 from rows import label, split_row
+
+from deepspeed.common.commands import count, count_or_none
 
 BILLION = Shape(layers=24, dim=2048, heads=16, seq=2048, vocab=50304, batch=8)
 TINY = Shape(layers=2, dim=64, heads=4, seq=32, vocab=256, batch=2)

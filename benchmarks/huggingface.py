@@ -25,9 +25,11 @@ from typing import Any
 
 import torch
 import transformers
-from arguments import add_results, count, folder, python, some_of
+from arguments import add_results, folder, python, some_of
 from launch import HERE, interpreter_of, run_ranks
 from results import header, header_lines, markdown_table, write
+
+from deepspeed.common.commands import count
 
 TRAINER_GOAL, LOAD_GOAL, GENERATE_GOAL = 1.3, 0.7, 2.0
 MIB = 2**20

@@ -16,9 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from arguments import add_original, add_results, count
+from arguments import add_original, add_results
 from launch import child_environment, interpreter_of
 from results import header, header_lines, markdown_table, write
+
+from deepspeed.common.commands import count
 
 GOAL = 0.25
 NAMES = {"ours": "this project", "original": "original DeepSpeed"}

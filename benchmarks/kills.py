@@ -22,9 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from arguments import count, count_or_none, folder, positive
+from arguments import folder, positive
 from launch import HERE, child_environment, free_port, this_project
 from results import RESULTS, header, header_lines, markdown_table, write
+
+from deepspeed.common.commands import count, count_or_none
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from arguments import add_results, count, counts, folder
+from arguments import add_results, counts, folder
 from launch import HERE, run_ranks, this_project
 from model import Shape, count_parameters
 from results import header, header_lines, markdown_table, write
+
+from deepspeed.common.commands import count
 
 COMPARED = 300
 """Millions of parameters of the model whose two peaks are compared."""

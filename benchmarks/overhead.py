@@ -17,9 +17,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from arguments import add_original, add_results, count, stages
+from arguments import add_original, add_results, stages
 from launch import HERE, interpreter_of, run_ranks
 from results import header, header_lines, markdown_table, write
+
+from deepspeed.common.commands import count
 
 GOAL = 0.5
 LAYERS, PARAMETERS_OF_LAYER = 4, 2

@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from arguments import count, count_or_none, file_name
+from arguments import file_name
 from compare import named_versions, run_row
 from comparison_options import WARMUP, Options, add_places, add_work, chosen_work
 from comparison_page import Page
 from profile_kinds import LINES, by_line
 from results import header, header_lines, markdown_table, write
 from rows import label, split_row
+
+from deepspeed.common.commands import count, count_or_none
 
 STEPS = 6
 MOST = 12

@@ -25,11 +25,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from arguments import add_results, count, counts, some_of, stages
+from arguments import add_results, counts, some_of, stages
 from launch import HERE, Interpreter, run_ranks
 from llama import SHAPES, count_parameters
 from results import header, header_lines, markdown_table, write
 from scaling_picture import draw
+
+from deepspeed.common.commands import count
 
 WEIGHT, GRADIENT, STATES = 2, 2, 12  # bytes for each parameter
 NOISE = 2.0

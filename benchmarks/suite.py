@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from arguments import count, some_of
+from arguments import some_of
 from compare import Comparison, measure
 from comparison_index import load, write_index
 from comparison_options import PAIRS, QUICK_PAIRS, QUICK_STEPS, STEPS, Options, add_places
@@ -29,6 +29,8 @@ from comparison_table import Turn
 from launch import HERE
 from results import header
 from suite_settings import NAMES, SETTINGS, SINGLES, Setting, Single
+
+from deepspeed.common.commands import count
 
 QUICK_NOTE = "A quick run: fewer rounds and steps."
 
