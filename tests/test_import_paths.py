@@ -112,6 +112,26 @@ def test_old_paths_cost_nothing_until_they_are_used():
     subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
 
 
+TRAIN_SAVE_AND_LOAD = """
+import sys, deepspeed
+from toys import make_toy, toy_batch, toy_loss
+from training import config_for
+engine, *_ = deepspeed.initialize(model=make_toy(), config=config_for({stage}, "bf16", 1, 1.0))
+engine.backward(toy_loss(engine, toy_batch(0, 0, 0)))
+engine.step()
+engine.save_checkpoint({folder!r})
+engine.load_checkpoint({folder!r})
+assert engine.global_steps == 1
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_training_does_not_import_the_compiler(stage, tmp_path):
+    script = TRAIN_SAVE_AND_LOAD.format(stage=stage, folder=str(tmp_path))
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100, cwd=Path(__file__).parent)
+
+
 def test_loggers_are_one_object():
     import logging
 

@@ -9,22 +9,34 @@ from torch.utils.checkpoint import checkpoint
 WIDTH = 6
 
 
+class Block(nn.Sequential):
+    """A sequence with a forward of its own: torch compiles no forward of its own classes by itself."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self:
+            hidden = layer(hidden)
+        return hidden
+
+
 class Toy(nn.Module):
-    """Embedding, two blocks of awkward sizes, a scalar parameter, and a head that may be tied.
+    """Embedding, blocks of awkward sizes, a scalar parameter, and a head that may be tied.
 
     Args:
         tied: the head shares the embedding's weight.
         frozen: the first block does not train.
         unused: has a parameter that no forward touches.
         checkpointing: None, "reentrant" or "non_reentrant".
+        depth: number of blocks.
     """
 
-    def __init__(self, *, tied=False, frozen=False, unused=False, checkpointing: str | None = None) -> None:
+    def __init__(
+        self, *, tied=False, frozen=False, unused=False, checkpointing: str | None = None, depth: int = 2
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, WIDTH)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 7), nn.GELU(), nn.Linear(7, WIDTH))
-            for _ in range(2)
+            Block(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 7), nn.GELU(), nn.Linear(7, WIDTH))
+            for _ in range(depth)
         )
         self.gain = nn.Parameter(torch.tensor(1.3))
         self.empty = nn.Parameter(torch.empty(0))

@@ -35,13 +35,21 @@ def config_for(stage: int, precision: str, gas: int, clip: float, **zero) -> dic
     return config
 
 
-def train_both(config: dict, *, precision="fp32", model=None, steps=STEPS, make_reference=None, drive=None):
-    """Train engine and reference on the same data; return them with their losses."""
+def train_both(
+    config: dict, *, precision="fp32", model=None, steps=STEPS, make_reference=None, drive=None, prepare=None
+):
+    """Train engine and reference on the same data; return them.
+
+    Args:
+        drive: trains the engine on a list of micro-batches, and returns their losses.
+        prepare: returns what the engine is given, made from a model.
+    """
     gas, clip = config["gradient_accumulation_steps"], config.get("gradient_clipping", 1.0)
     model = model or {}
     make_reference = make_reference or partial(torch.optim.AdamW, **{**ADAMW, "betas": (0.9, 0.95)})
     plain = PlainTrainer(make_toy(**model), make_reference, storage=STORAGE[precision], clip=clip)
-    engine, *_ = deepspeed.initialize(model=make_toy(seed=dist.get_rank(), **model), config=config)
+    toy = make_toy(seed=dist.get_rank(), **model)
+    engine, *_ = deepspeed.initialize(model=prepare(toy) if prepare else toy, config=config)
     ranks, rank = dist.get_world_size(), dist.get_rank()
     drive = drive or drive_engine
     for step in range(steps):
@@ -70,7 +78,7 @@ def assert_equal_training(engine, plain, tolerance: float, states=("exp_avg", "e
     """Master weights, stored weights and optimizer moments equal the reference's."""
     expected = dict(plain.master.named_parameters())
     for name, param in engine.module.named_parameters():
-        reference = expected[name]
+        reference = expected[name.removeprefix("_orig_mod.")]
         with GatheredParameters(param):
             torch.testing.assert_close(
                 param.float(),

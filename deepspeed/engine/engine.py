@@ -22,6 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.common.logging import logger, warn_once
 from deepspeed.common.nested import tensors_in
 from deepspeed.common.timers import ThroughputTimer
+from deepspeed.common.untraced import untraced
 from deepspeed.engine.accessors import EngineAccessors
 from deepspeed.engine.checkpointing import Checkpointing
 from deepspeed.engine.feature import Feature
@@ -86,6 +87,7 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         self._scaled = False
         self._step_applied = False
         self._compiled_blocks = self._destroyed = False
+        self._in_graph = False  # torch.compile was given the engine
         self._accumulating = False
         self._micro_batches = 0  # since the last update
         if self._reducer is not None:
@@ -100,6 +102,23 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the module on inputs moved to the engine's device and cast to the dtype it computes in."""
+        call = untraced()
+        if torch.compiler.is_compiling():
+            call(self._let_compile)
+        inputs, kwargs = call(self._begin_forward, inputs, kwargs)
+        with self._autocast():
+            output = self.module(*inputs, **kwargs)
+        call(self._end_forward, output)
+        return output
+
+    def _let_compile(self) -> None:
+        """See note [Compiled from outside] in untraced.py."""
+        self._in_graph = True
+        if self._gatherer is not None:
+            self._gatherer.let_compile()
+
+    def _begin_forward(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Make ready for a forward, and return its inputs as the module takes them."""
         if self._destroyed and torch.is_grad_enabled():
             raise UsageError(
                 "engine.forward: expected an engine, got one that was destroyed (Accelerator.free_memory does that, "
@@ -113,14 +132,13 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         for feature in self._features:
             feature.forward_start(self)
         inputs = tuple(self._inputs.apply(value) for value in inputs)
-        kwargs = {key: self._inputs.apply(value) for key, value in kwargs.items()}
-        with self._autocast():
-            output = self.module(*inputs, **kwargs)
-        if self.module._compiled_call_impl is not None:  # its hooks are not called
+        return inputs, {key: self._inputs.apply(value) for key, value in kwargs.items()}
+
+    def _end_forward(self, output: Any) -> None:
+        if self._in_graph or self.module._compiled_call_impl is not None:  # its hooks are not called
             self.watch_outputs(output)
         for feature in self._features:
             feature.forward_end(self)
-        return output
 
     def _autocast(self) -> Any:
         if self.policy.autocast is None:
@@ -343,7 +361,7 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         if self._gatherer is None or not self._gatherer.units:
             self.module.compile(*args, **options)
             return
-        for block in self._gatherer.blocks():
+        for block in self._gatherer.let_compile():
             block.forward = torch.compile(block.forward, *args, **options)
         self._compiled_blocks = True
 

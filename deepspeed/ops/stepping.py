@@ -1,7 +1,13 @@
-"""What the optimizers here share: stepping, their state and its dtype, checks of their arguments."""
+"""What the optimizers here share: stepping, their state and its dtype, checks of their arguments.
+
+Note [Without the compiler's import]
+torch wraps four methods of its optimizers so that the first call imports ``torch._dynamo``: a second, and 72 MiB that
+every rank keeps. Optimizers here are never traced, and take the methods inside those wrappers.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +25,12 @@ class LeafOptimizer(torch.optim.Optimizer):
     """
 
     state_dtype: torch.dtype | None = None
+
+    add_param_group = inspect.unwrap(
+        torch.optim.Optimizer.add_param_group
+    )  # see note [Without the compiler's import]
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
 
     def update_leaf(
         self,
@@ -72,7 +84,7 @@ class LeafOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; the state keeps the dtype this optimizer keeps it in."""
-        super().load_state_dict(state_dict)
+        inspect.unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for index, param in zip(saved, params, strict=True):

@@ -44,8 +44,10 @@ from torch.utils.hooks import RemovableHandle
 
 from deepspeed.common.logging import warn_once
 from deepspeed.common.nested import tensors_in
+from deepspeed.common.untraced import is_compiled
 from deepspeed.errors import OffloadError, UsageError
 from deepspeed.zero import external
+from deepspeed.zero.anchors import anchors_of, outermost, put_hooks, remove_hooks
 from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.order import UseOrder
 from deepspeed.zero.slot import Slot, is_zero_param, slot_of
@@ -127,6 +129,7 @@ class Gatherer:
         self._in_backward: list[Unit] = []  # in the order of their last use in the running backward
         self._read: dict[int, list[Unit]] = {}  # a backward's task -> units that were read by name in it
         self._ending: set[int] = set()  # graph tasks whose end is being waited for
+        self._in_graphs = is_compiled(module)  # note [Blocks in graphs] in anchors.py
         self.forward_hooks: list[RemovableHandle] = []
         self.backward_hooks: list[RemovableHandle] = []
         for unit in self.units:
@@ -137,31 +140,24 @@ class Gatherer:
 
     def attach(self, module: nn.Module | None = None) -> None:
         """Put hooks on the modules that need units; no `module`: on those of the whole model."""
-        anchors = anchors_of(module or self.module, self.units)
-        me = weakref.ref(self)
-        self._anchors = anchors
-        for part, units in anchors.items():
-            self.forward_hooks.append(part.register_forward_pre_hook(_Enter(me, units), prepend=True))
-            self.forward_hooks.append(part.register_forward_hook(_Leave(me), always_call=True))
+        root = self.module if module is None else module
+        self._anchors = anchors_of(root, self.units)
+        self.forward_hooks += put_hooks(root, self._anchors, weakref.ref(self), in_graphs=self._in_graphs)
 
-    def blocks(self) -> list[nn.Module]:
-        """Return the outermost modules that units are gathered for, the root left out."""
-        found: list[nn.Module] = []
-        inside: set[int] = set()
-        for part in self.module.modules():  # parents come before their children
-            if part is not self.module and self._anchors.get(part) and id(part) not in inside:
-                found.append(part)
-                inside.update(id(one) for one in part.modules())
-        return found
+    def let_compile(self) -> list[nn.Module]:
+        """Make ready for torch.compile (note [Blocks in graphs] in anchors.py), and return what may be compiled."""
+        if not self._in_graphs:
+            self._in_graphs = True
+            remove_hooks(self.forward_hooks)
+            self.attach()
+        return outermost(self.module, self._anchors)
 
     _register_deepspeed_module = attach  # what TRL calls after generate()
     setup_zero_stage3_hooks = attach  # what open-instruct does
 
     def detach(self) -> None:
         """Remove the hooks, and release what is gathered."""
-        for hook in self.forward_hooks:
-            hook.remove()
-        self.forward_hooks = []
+        remove_hooks(self.forward_hooks)
         self.release_all()
         for unit in self.units:
             unit.demand = refuse
@@ -282,6 +278,8 @@ class Gatherer:
                 return unpack_below(packed)  # type: ignore[no-any-return]
             return as_asked_for(packed, packed.ds_slot) if is_zero_param(packed) else packed
 
+        if self._in_graphs:
+            pack, unpack = torch.compiler.disable(pack), torch.compiler.disable(unpack)
         pack.gatherer = self  # type: ignore[attr-defined]
         return saved_tensors_hooks(pack, unpack)
 
@@ -424,65 +422,6 @@ class Gatherer:
                 )
 
 
-class _Enter:
-    """Forward pre-hook; a copy of the module leaves it behind."""
-
-    def __init__(self, gatherer: Any, units: Iterable[Unit]) -> None:
-        self._gatherer, self._units = gatherer, tuple(units)
-
-    def __call__(self, module: nn.Module, _inputs: Any) -> None:
-        if torch.compiler.is_compiling():  # inside a unit that is compiled: its own hooks have run
-            return
-        gatherer = self._gatherer()
-        if gatherer is not None:
-            gatherer.enter(module, self._units)
-
-    def __reduce__(self) -> Any:
-        return _Enter, (_gone, ())
-
-
-class _Leave:
-    """Forward hook; a copy of the module leaves it behind."""
-
-    def __init__(self, gatherer: Any) -> None:
-        self._gatherer = gatherer
-
-    def __call__(self, module: nn.Module, _inputs: Any, output: Any) -> Any:
-        gatherer = None if torch.compiler.is_compiling() else self._gatherer()
-        return None if gatherer is None else gatherer.leave(module, output)
-
-    def __reduce__(self) -> Any:
-        return _Leave, (_gone,)
-
-
-def anchors_of(module: nn.Module, units: Iterable[Unit]) -> dict[nn.Module, list[Unit]]:
-    """Return the modules whose forward needs units: owners of their parameters, their block, and the root."""
-    unit_of = {id(param): unit for unit in units for param in unit.params}
-    anchors: dict[nn.Module, dict[Unit, None]] = {module: {}}
-    paths: dict[Unit, list[list[str]]] = {}
-    for path, part in module.named_modules():
-        external.of(part)
-        for param in part._parameters.values():
-            unit = unit_of.get(id(param))
-            if unit is not None:
-                anchors.setdefault(part, {})[unit] = None
-                paths.setdefault(unit, []).append(path.split("."))
-    for unit, owners in paths.items():
-        block = module.get_submodule(_common(owners))
-        if block is not module:
-            anchors.setdefault(block, {})[unit] = None
-    return {part: list(needed) for part, needed in anchors.items()}
-
-
-def _common(paths: list[list[str]]) -> str:
-    shared = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)
-
-
 def _show_zeros(unit: Unit) -> None:
     """Let a pass go on without the values, to where all ranks learn that they cannot be read."""
     unit.memory.bring()
@@ -509,7 +448,3 @@ def _top_hooks() -> Any:
 def _top_hooks_are_of(gatherer: Gatherer) -> bool:
     hooks = _top_hooks()
     return hooks is not None and getattr(hooks[0], "gatherer", None) is gatherer
-
-
-def _gone() -> None:
-    """The gatherer of a copied module."""

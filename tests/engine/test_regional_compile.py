@@ -1,4 +1,4 @@
-"""engine.compile() at stage 3: blocks are compiled, gathering stays outside, results are the same."""
+"""Every way to compile: results are those of plain PyTorch, and blocks that are alike share a graph at stage 3."""
 
 from __future__ import annotations
 
@@ -9,38 +9,116 @@ import torch
 import torch._dynamo
 from harness import run_on_ranks
 from torch._dynamo.utils import counters
-from training import STEPS, assert_equal_training, config_for, drive_engine, train_both
+from toys import toy_loss
+from training import STEPS, assert_equal_training, config_for, train_both
+
+BACKEND = "aot_eager"
+DEEP = 12
+"""More blocks than torch compiles one function for anew, before it gives up."""
 
 
-def compiled_parity(model, backend):
+def whole_model(toy):
+    return torch.compile(toy, backend=BACKEND)
+
+
+def in_place(toy):
+    toy.compile(backend=BACKEND)
+    return toy
+
+
+def each_block(toy):
+    for block in toy.blocks:
+        block.compile(backend=BACKEND)
+    return toy
+
+
+def engine_itself(engine):
+    engine.compile(backend=BACKEND)
+    return engine
+
+
+def around_the_engine(engine):
+    return torch.compile(engine, backend=BACKEND)
+
+
+BEFORE = {"torch.compile(model)": whole_model, "model.compile()": in_place, "block.compile()": each_block}
+AFTER = {"engine.compile()": engine_itself, "torch.compile(engine)": around_the_engine}
+
+
+def backward_and_step(engine, loss):
+    engine.backward(loss)
+    engine.step()
+
+
+def plain_backward_and_step(engine, loss):
+    loss.backward()
+    engine.step()
+
+
+def compiled_parity(stage, way, model, gas, update):
     torch._dynamo.reset()
     counters.clear()
-    warnings.filterwarnings(
-        "ignore", "The .grad attribute"
-    )  # torch hides its own, but not where they are errors
-    graphs = []
+    # torch hides its own, but not where they are errors
+    warnings.filterwarnings("ignore", "The .grad attribute")
+    compiled, graphs = [], []
 
     def drive(engine, batches):
-        if not engine.is_compiled:
-            engine.compile(backend=backend)
-        losses = drive_engine(engine, batches)
+        if not compiled:
+            compiled.append(AFTER[way](engine) if way in AFTER else engine)
+        losses = []
+        for batch in batches:
+            losses.append(toy_loss(compiled[0], batch))
+            update(engine, losses[-1])
         graphs.append(counters["stats"]["unique_graphs"])
-        return losses
+        return [loss.detach() for loss in losses]
 
-    engine, plain = train_both(config_for(3, "fp32", 2, 0.5), model=model, drive=drive)
+    config = config_for(stage, "fp32", gas, 0.5)
+    engine, plain = train_both(config, model=model, drive=drive, prepare=BEFORE.get(way))
     assert_equal_training(engine, plain, 2e-6)
     assert len(graphs) == STEPS
     assert graphs[0] > 0
     assert len(set(graphs[1:])) == 1, "compiled again after the second step"
-    assert not counters["graph_break"]
     engine.destroy()
     torch._dynamo.reset()
+    return graphs[-1]
 
 
 @pytest.mark.parametrize(
-    "model",
-    [{}, {"frozen": True, "tied": True}, {"checkpointing": "non_reentrant"}],
-    ids=lambda model: "+".join(model) or "plain",
+    ("way", "model"),
+    [
+        *((way, {}) for way in BEFORE),
+        *(
+            (way, model)
+            for way in AFTER
+            for model in ({"frozen": True, "tied": True}, {"checkpointing": "non_reentrant"})
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value) or "plain",
 )
-def test_compiled_blocks_train_the_same(model):
-    run_on_ranks(2, compiled_parity, model, "aot_eager")
+def test_compiled_blocks_train_the_same(way, model):
+    run_on_ranks(2, compiled_parity, 3, way, model, 2, backward_and_step)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("way", [*AFTER, *BEFORE])
+def test_a_plain_backward_through_a_compiled_model_is_reduced(way, stage):
+    run_on_ranks(2, compiled_parity, stage, way, {}, 1, plain_backward_and_step)
+
+
+def graphs_of_alike_blocks(way):
+    few, many = (compiled_parity(3, way, {"depth": depth}, 1, backward_and_step) for depth in (2, DEEP))
+    assert many == few
+
+
+@pytest.mark.parametrize("way", [*AFTER, *BEFORE])
+def test_blocks_that_are_alike_share_a_graph(way):
+    run_on_ranks(2, graphs_of_alike_blocks, way)
+
+
+def nothing_breaks_graphs():
+    compiled_parity(3, "engine.compile()", {}, 2, backward_and_step)
+    assert not counters["graph_break"]
+
+
+def test_blocks_compiled_by_the_engine_are_whole_graphs():
+    run_on_ranks(2, nothing_breaks_graphs)
