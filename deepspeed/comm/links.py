@@ -298,20 +298,22 @@ class Links:
         try:
             return Room(descriptor, nbytes, index)
         except OSError as error:
-            raise self._unreachable(peer, f"{nbytes} bytes cannot be mapped: {error}") from error
+            raise self._unreachable(
+                peer, f"{nbytes} bytes cannot be mapped ({error})", "memory (ulimit -v)"
+            ) from error
         finally:
             os.close(descriptor)
 
     def _descriptor(self, peer: int, descriptors: list[int]) -> int:
         """Return the file descriptor that came with a signal; the system drops it where this process has too many."""
         if not descriptors:
-            raise self._unreachable(peer, "this process has as many files open as it may (ulimit -n)")
+            raise self._unreachable(peer, "this process has as many files open as it may", "files (ulimit -n)")
         return descriptors[0]
 
-    def _unreachable(self, peer: int, why: str) -> CommunicationError:
+    def _unreachable(self, peer: int, why: str, scarce: str) -> CommunicationError:
         self._broken = CommunicationError(
             f"rank {self.names[self.rank]} cannot read what rank {self.names[peer]} shares with it: {why}; "
-            f"give it more, or set {SWITCH}=0 to leave all to gloo"
+            f"allow it more {scarce}, or set {SWITCH}=0 to leave all to gloo"
         )
         return self._broken
 
