@@ -60,6 +60,15 @@ def folder(text: str) -> Path:
     return path
 
 
+def results_folder(text: str) -> Path:
+    """Read the path of a folder for results, which is made if it is not there."""
+    path = Path(text)
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"expected a folder to write to, got {text!r}; {there} is none")
+    return path
+
+
 def python(text: str) -> Path:
     """Read the path of an interpreter; a link stays one, since it is what makes an environment of it."""
     path = Path(text)
@@ -87,7 +96,7 @@ def add_original(parser: argparse.ArgumentParser) -> None:
 def add_results(parser: argparse.ArgumentParser) -> None:
     """Add where the results go, and a note in them."""
     parser.add_argument("--note", default="", help="a sentence to print with the results")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=results_folder, default=RESULTS, help="folder of the results")
 
 
 def add_shape(parser: argparse.ArgumentParser, default: Shape) -> None:

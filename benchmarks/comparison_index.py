@@ -64,7 +64,10 @@ def _profiles(folder: Path) -> list[str]:
 def load(folder: Path, name: str) -> dict[str, Any]:
     """Read what a benchmark left; empty where there is nothing."""
     path = folder / f"{name}.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"{path}: expected JSON, but {error}; remove it and measure anew") from error
     return found
 
 

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from arguments import folder, positive
+from arguments import folder, positive, results_folder
 from launch import HERE, child_environment, free_port, this_project
 from results import RESULTS, header, header_lines, markdown_table, write
 
@@ -143,7 +143,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=folder, default=Path("/var/tmp"), help="where checkpoints are written"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=results_folder, default=RESULTS, help="folder of the results")
     return parser.parse_args(arguments)
 
 

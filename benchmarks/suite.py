@@ -61,6 +61,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure anew what is there already")
     add_places(parser)
     given = parser.parse_args(arguments)
+    if given.index and not given.out.is_dir():
+        parser.error(f"--out: expected the folder of the results, got {given.out}")
     given.note = " ".join(filter(None, [QUICK_NOTE if given.quick else "", given.note]))
     return given
 

@@ -307,7 +307,9 @@ class Links:
     def _descriptor(self, peer: int, descriptors: list[int]) -> int:
         """Return the file descriptor that came with a signal; the system drops it where this process has too many."""
         if not descriptors:
-            raise self._unreachable(peer, "this process has as many files open as it may", "files (ulimit -n)")
+            raise self._unreachable(
+                peer, "this process has as many files open as it may", "files (ulimit -n)"
+            )
         return descriptors[0]
 
     def _unreachable(self, peer: int, why: str, scarce: str) -> CommunicationError:

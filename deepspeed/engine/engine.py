@@ -87,7 +87,6 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         self._scaled = False
         self._step_applied = False
         self._compiled_blocks = self._destroyed = False
-        self._in_graph = False  # torch.compile was given the engine
         self._accumulating = False
         self._micro_batches = 0  # since the last update
         if self._reducer is not None:
@@ -103,19 +102,11 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the module on inputs moved to the engine's device and cast to the dtype it computes in."""
         call = untraced()
-        if torch.compiler.is_compiling():
-            call(self._let_compile)
         inputs, kwargs = call(self._begin_forward, inputs, kwargs)
         with self._autocast():
             output = self.module(*inputs, **kwargs)
         call(self._end_forward, output)
         return output
-
-    def _let_compile(self) -> None:
-        """See note [Compiled from outside] in untraced.py."""
-        self._in_graph = True
-        if self._gatherer is not None:
-            self._gatherer.let_compile()
 
     def _begin_forward(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Make ready for a forward, and return its inputs as the module takes them."""
@@ -135,7 +126,7 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
         return inputs, {key: self._inputs.apply(value) for key, value in kwargs.items()}
 
     def _end_forward(self, output: Any) -> None:
-        if self._in_graph or self.module._compiled_call_impl is not None:  # its hooks are not called
+        if self.module._compiled_call_impl is not None:  # its hooks are not called
             self.watch_outputs(output)
         for feature in self._features:
             feature.forward_end(self)

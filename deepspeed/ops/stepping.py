@@ -1,8 +1,8 @@
 """What the optimizers here share: stepping, their state and its dtype, checks of their arguments.
 
 Note [Without the compiler's import]
-torch wraps four methods of its optimizers so that the first call imports ``torch._dynamo``: a second, and 72 MiB that
-every rank keeps. Optimizers here are never traced, and take the methods inside those wrappers.
+torch wraps four methods of its optimizers so that no graph holds them, and the first call imports ``torch._dynamo``: a
+second, and 72 MiB that every rank keeps. Optimizers here call what is inside those wrappers, untraced in their own way.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspeed.common.untraced import untraced
 from deepspeed.errors import ConfigError, UsageError
+
+_OF_TORCH = {  # see note [Without the compiler's import]
+    name: inspect.unwrap(getattr(torch.optim.Optimizer, name))
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+}
 
 
 class LeafOptimizer(torch.optim.Optimizer):
@@ -25,12 +31,6 @@ class LeafOptimizer(torch.optim.Optimizer):
     """
 
     state_dtype: torch.dtype | None = None
-
-    add_param_group = inspect.unwrap(
-        torch.optim.Optimizer.add_param_group
-    )  # see note [Without the compiler's import]
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
 
     def update_leaf(
         self,
@@ -82,9 +82,21 @@ class LeafOptimizer(torch.optim.Optimizer):
         """Keep new state in the parameters' dtype (that of the first)."""
         self.state_dtype = next(param.dtype for group in self.param_groups for param in group["params"])
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with their own hyper-parameters, as ``torch.optim.Optimizer`` does."""
+        untraced()(_OF_TORCH["add_param_group"], self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients, or fill them with zeros, as ``torch.optim.Optimizer`` does."""
+        untraced()(_OF_TORCH["zero_grad"], self, set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and groups, as ``torch.optim.Optimizer`` does."""
+        return untraced()(_OF_TORCH["state_dict"], self)  # type: ignore[no-any-return]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; the state keeps the dtype this optimizer keeps it in."""
-        inspect.unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
+        untraced()(_OF_TORCH["load_state_dict"], self, state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for index, param in zip(saved, params, strict=True):

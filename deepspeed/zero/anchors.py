@@ -2,8 +2,9 @@
 
 Note [Blocks in graphs]
 torch.compile makes one graph of all blocks that are alike, unless they differ in their hooks' numbers, of which it
-guards each. With a compiler about, hooks are therefore only on modules that bring units in for what lies inside them,
-and those hooks end a graph (untraced.py). A part of a block that is called by itself is then gathered on demand.
+guards each. From the first time on that it traces a hook, hooks are therefore only on modules that bring units in for
+what lies inside them, and those hooks end a graph (untraced.py). A part of a block that is called by itself is then
+gathered on demand.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from deepspeed.common.untraced import untraced_class
+from deepspeed.common.untraced import Hook, untraced_class
 from deepspeed.zero import external
 from deepspeed.zero.unit import Unit
 
@@ -99,33 +100,50 @@ def remove_hooks(handles: list[RemovableHandle]) -> None:
         handles.pop().remove()
 
 
-class Enter:
-    """Forward pre-hook; a copy of the module leaves it behind."""
+class AnchorHook(Hook):
+    """A hook that tells a gatherer; copies of the module leave it behind.
 
-    def __init__(self, gatherer: Any, units: Iterable[Unit]) -> None:
-        self._gatherer, self._units = gatherer, tuple(units)
+    Args:
+        gatherer: returns the gatherer, or None where it is gone.
+    """
 
-    def __call__(self, module: nn.Module, _inputs: Any) -> None:
-        gatherer = self._gatherer()
+    def __init__(self, gatherer: Callable[[], Any]) -> None:
+        self.gatherer = gatherer
+
+    def leave_graphs(self) -> None:
+        """Have all such hooks replaced."""
+        gatherer = self.gatherer()
+        if gatherer is not None:
+            gatherer.let_compile()
+
+    def __reduce__(self) -> Any:
+        return AnchorHook, (_gone,)
+
+    def run(self, *args: Any) -> Any:
+        """Do nothing: this is a copy."""
+
+
+class Enter(AnchorHook):
+    """Forward pre-hook."""
+
+    def __init__(self, gatherer: Callable[[], Any], units: Iterable[Unit]) -> None:
+        super().__init__(gatherer)
+        self._units = tuple(units)
+
+    def run(self, module: nn.Module, _inputs: Any) -> None:
+        """Bring in what the module needs."""
+        gatherer = self.gatherer()
         if gatherer is not None:
             gatherer.enter(module, self._units)
 
-    def __reduce__(self) -> Any:
-        return Enter, (_gone, ())
 
+class Leave(AnchorHook):
+    """Forward hook."""
 
-class Leave:
-    """Forward hook; a copy of the module leaves it behind."""
-
-    def __init__(self, gatherer: Any) -> None:
-        self._gatherer = gatherer
-
-    def __call__(self, module: nn.Module, _inputs: Any, output: Any) -> Any:
-        gatherer = self._gatherer()
+    def run(self, module: nn.Module, _inputs: Any, output: Any) -> Any:
+        """Let go of it; return what replaces the output, or None."""
+        gatherer = self.gatherer()
         return None if gatherer is None else gatherer.leave(module, output)
-
-    def __reduce__(self) -> Any:
-        return Leave, (_gone,)
 
 
 def _gone() -> None:

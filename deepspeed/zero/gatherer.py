@@ -44,7 +44,6 @@ from torch.utils.hooks import RemovableHandle
 
 from deepspeed.common.logging import warn_once
 from deepspeed.common.nested import tensors_in
-from deepspeed.common.untraced import is_compiled
 from deepspeed.errors import OffloadError, UsageError
 from deepspeed.zero import external
 from deepspeed.zero.anchors import anchors_of, outermost, put_hooks, remove_hooks
@@ -129,7 +128,7 @@ class Gatherer:
         self._in_backward: list[Unit] = []  # in the order of their last use in the running backward
         self._read: dict[int, list[Unit]] = {}  # a backward's task -> units that were read by name in it
         self._ending: set[int] = set()  # graph tasks whose end is being waited for
-        self._in_graphs = is_compiled(module)  # note [Blocks in graphs] in anchors.py
+        self._in_graphs = False  # see note [Blocks in graphs] in anchors.py
         self.forward_hooks: list[RemovableHandle] = []
         self.backward_hooks: list[RemovableHandle] = []
         for unit in self.units:

@@ -20,6 +20,13 @@ REFUSED = (
     ("comparison_options", ["--original-python", "/nowhere"], "--original-python: expected a program"),
     ("comparison_options", ["--original-python", "/etc"], "--original-python: expected a program"),
     ("comparison_options", ["--name", "../x"], "--name: expected a name without a folder, got '../x'; --out"),
+    (
+        "comparison_options",
+        ["--out", "/etc/passwd"],
+        "--out: expected a folder to write to, got '/etc/passwd'",
+    ),
+    ("adam_step", ["--out", "/etc/passwd/x"], "--out: expected a folder to write to, got '/etc/passwd/x'"),
+    ("suite", ["--index", "--out", "/nowhere"], "--out: expected the folder of the results, got /nowhere"),
     ("suite", ["--only", "step_bf61"], "--only: expected some of step_bf16, step_fp32"),
     ("scaling", ["--models", "7B,8B"], "--models: expected some of 7B, 70B, got '8B'"),
     ("scaling", ["--stages", "1,4"], "--stages: expected some of 0, 1, 2, 3, got '4'"),

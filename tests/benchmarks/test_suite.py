@@ -191,6 +191,13 @@ def test_the_overview_has_a_line_for_every_stage_made_from_the_figures(
     assert "checkpoints" in page.splitlines()[-1]
 
 
+def test_a_damaged_file_of_figures_is_named(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "adam_step.json").write_text("{bad")
+
+    with pytest.raises(SystemExit, match=r"adam_step\.json: expected JSON, but .* measure anew"):
+        load("comparison_index").write_index(tmp_path)
+
+
 def test_figures_of_other_work_are_not_in_the_overview(load: Load, tmp_path: Path) -> None:
     other = asdict(load("work").Work(ranks=3))
     (tmp_path / "step_bf16.json").write_text(json.dumps({"turns": [], "work": other}))

@@ -41,8 +41,28 @@ def around_the_engine(engine):
     return torch.compile(engine, backend=BACKEND)
 
 
+def around_its_module(engine):
+    return torch.compile(engine.module, backend=BACKEND)
+
+
+def its_module_in_place(engine):
+    in_place(engine.module)
+    return engine
+
+
+def each_of_its_blocks(engine):
+    each_block(engine.module)
+    return engine
+
+
 BEFORE = {"torch.compile(model)": whole_model, "model.compile()": in_place, "block.compile()": each_block}
-AFTER = {"engine.compile()": engine_itself, "torch.compile(engine)": around_the_engine}
+AFTER = {
+    "engine.compile()": engine_itself,
+    "torch.compile(engine)": around_the_engine,
+    "torch.compile(engine.module)": around_its_module,
+    "engine.module.compile()": its_module_in_place,
+    "engine.module.block.compile()": each_of_its_blocks,
+}
 
 
 def backward_and_step(engine, loss):

@@ -309,3 +309,15 @@ def test_a_large_leaf_is_updated_in_small_pieces_with_the_same_result(name, dtyp
     (whole, whole_out), (cut, cut_out) = results
     torch.testing.assert_close(whole, cut, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(whole_out, cut_out)
+
+
+def test_groups_may_be_added_and_states_read_in_compiled_functions():
+    def grow(optimizer, group):
+        optimizer.add_param_group(group)
+        optimizer.zero_grad()
+        return optimizer.state_dict()
+
+    optimizer = FusedAdam([torch.nn.Parameter(torch.ones(3, 3))])
+    group = {"params": [torch.nn.Parameter(torch.ones(2, 2))], "lr": 0.5}
+    state = torch.compile(grow, backend="eager")(optimizer, group)
+    assert [group["lr"] for group in state["param_groups"]] == [1e-3, 0.5]
