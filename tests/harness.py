@@ -195,6 +195,8 @@ def _run(module: str, name: str, args: tuple, kwargs: dict) -> str | None:
     finally:
         logger.disabled = disabled
         logger.setLevel(level or logging.WARNING)  # which the first body to import the package has not set
+        if "deepspeed.parallel.groups" in sys.modules:  # keeps the unit of the last engine
+            sys.modules["deepspeed.parallel.groups"].axes.mpu = None
         for given in (*args, *kwargs.values()):
             if isinstance(given, pytest.MonkeyPatch):  # the rank's own copy, which nobody else undoes
                 given.undo()
