@@ -27,10 +27,18 @@ class Toy(nn.Module):
         unused: has a parameter that no forward touches.
         checkpointing: None, "reentrant" or "non_reentrant".
         depth: number of blocks.
+        reaching: its forward uses layers and weights inside blocks by themselves.
     """
 
     def __init__(
-        self, *, tied=False, frozen=False, unused=False, checkpointing: str | None = None, depth: int = 2
+        self,
+        *,
+        tied=False,
+        frozen=False,
+        unused=False,
+        checkpointing: str | None = None,
+        depth: int = 2,
+        reaching=False,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, WIDTH)
@@ -48,9 +56,13 @@ class Toy(nn.Module):
         if unused:
             self.unused = nn.Parameter(torch.full((5,), 0.7))
         self.checkpointing = checkpointing
+        self.reaching = reaching
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embed(tokens)
+        if self.reaching:
+            first, last = self.blocks[0], self.blocks[-1]
+            hidden = first[3](first[1](hidden)) + hidden @ last[3].weight @ last[1].weight
         for block in self.blocks:
             if self.checkpointing and self.training:
                 hidden = hidden + checkpoint(block, hidden, use_reentrant=self.checkpointing == "reentrant")

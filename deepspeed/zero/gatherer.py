@@ -45,7 +45,7 @@ from torch.utils.hooks import RemovableHandle
 from deepspeed.common.logging import warn_once
 from deepspeed.common.nested import tensors_in
 from deepspeed.errors import OffloadError, UsageError
-from deepspeed.zero import external
+from deepspeed.zero import external, released
 from deepspeed.zero.anchors import anchors_of, outermost, put_hooks, remove_hooks
 from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.order import UseOrder
@@ -147,6 +147,7 @@ class Gatherer:
         """Make ready for torch.compile (note [Blocks in graphs] in anchors.py), and return what may be compiled."""
         if not self._in_graphs:
             self._in_graphs = True
+            released.leave_graphs()
             remove_hooks(self.forward_hooks)
             self.attach()
         return outermost(self.module, self._anchors)

@@ -218,6 +218,14 @@ class Alias(Tensor):
         raise _refusal([self], "pickle")
 
 
+@cache
+def leave_graphs() -> None:
+    """From now on torch traces what is done with released parameters: see that it does not trace how."""
+    for cls in (ReleasedParameter, Alias):
+        traced = cls.__torch_function__.__func__  # type: ignore[attr-defined]
+        cls.__torch_function__ = classmethod(torch.compiler.disable(traced))  # type: ignore[method-assign]
+
+
 VALUES_NEEDED = object()
 
 

@@ -75,7 +75,15 @@ def plain_backward_and_step(engine, loss):
     engine.step()
 
 
-def compiled_parity(stage, way, model, gas, update):
+def look(model, batch):
+    """Run the model where gradients are off, which torch compiles anew."""
+    model.eval()
+    with torch.no_grad():
+        toy_loss(model, batch)
+    model.train()
+
+
+def compiled_parity(stage, way, model, gas, update, *, looks_between=False):
     torch._dynamo.reset()
     counters.clear()
     # torch hides its own, but not where they are errors
@@ -89,6 +97,8 @@ def compiled_parity(stage, way, model, gas, update):
         for batch in batches:
             losses.append(toy_loss(compiled[0], batch))
             update(engine, losses[-1])
+            if looks_between:
+                look(compiled[0], batch)
         graphs.append(counters["stats"]["unique_graphs"])
         return [loss.detach() for loss in losses]
 
@@ -117,6 +127,22 @@ def compiled_parity(stage, way, model, gas, update):
 )
 def test_compiled_blocks_train_the_same(way, model):
     run_on_ranks(2, compiled_parity, 3, way, model, 2, backward_and_step)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("way", [*AFTER, *BEFORE])
+def test_compiled_blocks_train_the_same_on_any_number_of_ranks(way, ranks):
+    run_on_ranks(ranks, compiled_parity, 3, way, {}, 2, backward_and_step)
+
+
+def reaching_parity(way):
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        compiled_parity(3, way, {"reaching": True}, 2, backward_and_step, looks_between=True)
+
+
+@pytest.mark.parametrize("way", [*AFTER, *BEFORE])
+def test_a_model_that_reaches_into_its_blocks_is_compiled_a_few_times_only(way):
+    run_on_ranks(2, reaching_parity, way)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
