@@ -223,7 +223,7 @@ def leave_graphs() -> None:
     """From now on torch traces what is done with released parameters: see that it does not trace how."""
     for cls in (ReleasedParameter, Alias):
         traced = cls.__torch_function__.__func__  # type: ignore[attr-defined]
-        cls.__torch_function__ = classmethod(torch.compiler.disable(traced))  # type: ignore[method-assign]
+        cls.__torch_function__ = classmethod(torch.compiler.disable(traced))  # type: ignore[assignment]
 
 
 VALUES_NEEDED = object()
