@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -64,8 +65,11 @@ def results_folder(text: str) -> Path:
     """Read the path of a folder for results, which is made if it is not there."""
     path = Path(text)
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise argparse.ArgumentTypeError(f"expected a folder to write to, got {text!r}; {there} is none")
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"expected a folder to write to, got {text!r}: {error}") from error
     return path
 
 
@@ -79,7 +83,7 @@ def python(text: str) -> Path:
 
 def file_name(text: str) -> str:
     """Read the name of files, without a folder."""
-    if not text or Path(text).name != text:
+    if text in ("", "..") or Path(text).name != text:
         raise argparse.ArgumentTypeError(
             f"expected a name without a folder, got {text!r}; --out says which folder"
         )

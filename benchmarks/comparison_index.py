@@ -65,9 +65,13 @@ def load(folder: Path, name: str) -> dict[str, Any]:
     """Read what a benchmark left; empty where there is nothing."""
     path = folder / f"{name}.json"
     try:
-        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise SystemExit(f"{path}: expected JSON, but {error}; remove it and measure anew") from error
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    except ValueError as error:  # what is not JSON or not text, too
+        raise SystemExit(
+            f"{path}: expected a JSON object, but {error}; remove it and measure anew"
+        ) from error
     return found
 
 

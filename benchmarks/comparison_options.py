@@ -97,7 +97,7 @@ def add_places(parser: argparse.ArgumentParser) -> None:
 
 
 def _rows(text: str) -> tuple[str, ...]:
-    rows = tuple(text.split(","))
+    rows = tuple(dict.fromkeys(text.split(",")))
     try:
         for row in rows:
             split_row(row)

@@ -162,17 +162,21 @@ def parse(arguments: Sequence[str]) -> Bench:
 
 
 def _rows(text: str) -> tuple[str, ...]:
-    rows = tuple(text.split(","))
+    rows = tuple(dict.fromkeys(text.split(",")))
     for row in rows:
-        try:
-            parts = split_row(row.removesuffix(COMPILED))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        if parts.kind not in ("ours", "original") or parts.tier not in ("", "host"):
+        if not _is_row(row):
             raise argparse.ArgumentTypeError(
                 f"row: expected ours:STAGE[:host][{COMPILED}] or original:STAGE[:host][{COMPILED}], got {row!r}"
             )
     return rows
+
+
+def _is_row(text: str) -> bool:
+    try:
+        row = split_row(text.removesuffix(COMPILED))
+    except ValueError:
+        return False
+    return row.kind in ("ours", "original") and row.tier in ("", "host")
 
 
 def label_of(row: str) -> str:

@@ -36,13 +36,22 @@ def config_for(stage: int, precision: str, gas: int, clip: float, **zero) -> dic
 
 
 def train_both(
-    config: dict, *, precision="fp32", model=None, steps=STEPS, make_reference=None, drive=None, prepare=None
+    config: dict,
+    *,
+    precision="fp32",
+    model=None,
+    steps=STEPS,
+    make_reference=None,
+    drive=None,
+    prepare=None,
+    loss_of=toy_loss,
 ):
     """Train engine and reference on the same data; return them.
 
     Args:
         drive: trains the engine on a list of micro-batches, and returns their losses.
         prepare: returns what the engine is given, made from a model.
+        loss_of: returns the reference's loss of (model, batch).
     """
     gas, clip = config["gradient_accumulation_steps"], config.get("gradient_clipping", 1.0)
     model = model or {}
@@ -54,7 +63,7 @@ def train_both(
     drive = drive or drive_engine
     for step in range(steps):
         batches = [toy_batch(step, micro, r) for micro in range(gas) for r in range(ranks)]
-        expected = plain.step(batches, toy_loss, gas=gas)
+        expected = plain.step(batches, loss_of, gas=gas)
         losses = drive(engine, [toy_batch(step, micro, rank) for micro in range(gas)])
         mean = torch.stack(losses).mean()
         dist.all_reduce(mean)

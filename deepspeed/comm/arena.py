@@ -24,11 +24,8 @@ from torch import Tensor
 from deepspeed.comm.collectives import all_reduce
 from deepspeed.comm.links import Links
 from deepspeed.comm.neighbours import links_of
-from deepspeed.comm.rooms import PAGE
+from deepspeed.comm.rooms import PAGE, SEGMENT, failure, new_memory
 from deepspeed.errors import CommunicationError
-
-SEGMENT = 2**28
-"""Bytes mapped at a time; what nobody has written to takes no memory."""
 
 
 class Arena:
@@ -38,7 +35,10 @@ class Arena:
         self._group = group
         self._segment: mmap.mmap | None = None  # a mapping keeps a descriptor open, so blocks share one
         self._start = self._used = self._end = 0
-        self._descriptor = os.memfd_create("deepspeed-arena", os.MFD_CLOEXEC)
+        try:
+            self._descriptor = new_memory("deepspeed-arena", 0)
+        except OSError as error:
+            raise failure("cannot make memory for others to read", error) from error
         self._theirs = links.share(self._descriptor, b"arena")
         weakref.finalize(self, _close, [self._descriptor, *self._theirs.values()])
 
@@ -48,11 +48,19 @@ class Arena:
         if self._segment is None or self._used + size > len(self._segment):
             self._start, self._used = self._end, 0
             self._end += max(size, SEGMENT)
-            os.ftruncate(self._descriptor, self._end)
-            self._segment = mmap.mmap(self._descriptor, self._end - self._start, offset=self._start)
+            self._segment = self._mapped()
         block = Block(self, self._segment, self._used, self._start + self._used, size)
         self._used += size
         return block
+
+    def _mapped(self) -> mmap.mmap:
+        """Lengthen the memory, and map what is new."""
+        length = self._end - self._start
+        try:
+            os.ftruncate(self._descriptor, self._end)
+            return mmap.mmap(self._descriptor, length, offset=self._start)
+        except OSError as error:
+            raise failure(f"cannot map {length} bytes for others to read", error) from error
 
     def read(self, rank: int, offset: int, target: Tensor) -> None:
         """Fill `target` (contiguous) from the memory of `rank` in the group."""

@@ -19,6 +19,7 @@ Note [Rooms and signals]
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -31,7 +32,7 @@ from datetime import timedelta
 
 from deepspeed.comm.calls import LONGEST, disagreement, here, readable
 from deepspeed.comm.outbox import Outbox, flush_all
-from deepspeed.comm.rooms import SWITCH, Room, new_room
+from deepspeed.comm.rooms import Room, failure, new_room
 from deepspeed.errors import CommunicationError
 
 SIGNAL = struct.Struct("<cQQQ")  # kind, number of the call, room, bytes of the room; then the call's words
@@ -94,9 +95,11 @@ class Links:
         try:
             room, descriptor = new_room(nbytes, len(self._rooms))
         except OSError as error:
-            raise CommunicationError(
-                f"no memory to share for {nbytes} bytes beside {len(self._rooms)} rooms of calls that no rank or not "
-                f"every one has waited for: {error}; wait for some, or set {SWITCH}=0 to leave all to gloo"
+            mine, unread = self.names[self.rank], sum(bool(one.readers) for one in self._rooms)
+            raise failure(
+                f"rank {mine} cannot share {nbytes} bytes more, beside those of {unread} calls that are not waited for "
+                "everywhere",
+                error,
             ) from error
         self._rooms.append(room)
         self._unknown[room.index] = descriptor
@@ -188,6 +191,11 @@ class Links:
                 self._outboxes[peer].send(signal + what, *descriptors)
             except ConnectionError:
                 self._ended.add(peer)
+            except OSError as error:
+                mine = self.names[self.rank]
+                raise failure(
+                    f"rank {mine} cannot share memory with rank {self.names[peer]}", error
+                ) from error
         if self._ended:
             self.drain()  # what they had to say before
             for peer in self._ended:
@@ -298,25 +306,19 @@ class Links:
         try:
             return Room(descriptor, nbytes, index)
         except OSError as error:
-            raise self._unreachable(
-                peer, f"{nbytes} bytes cannot be mapped ({error})", "memory (ulimit -v)"
-            ) from error
+            raise self._unreachable(peer, error) from error
         finally:
             os.close(descriptor)
 
     def _descriptor(self, peer: int, descriptors: list[int]) -> int:
         """Return the file descriptor that came with a signal; the system drops it where this process has too many."""
         if not descriptors:
-            raise self._unreachable(
-                peer, "this process has as many files open as it may", "files (ulimit -n)"
-            )
+            raise self._unreachable(peer, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
         return descriptors[0]
 
-    def _unreachable(self, peer: int, why: str, scarce: str) -> CommunicationError:
-        self._broken = CommunicationError(
-            f"rank {self.names[self.rank]} cannot read what rank {self.names[peer]} shares with it: {why}; "
-            f"allow it more {scarce}, or set {SWITCH}=0 to leave all to gloo"
-        )
+    def _unreachable(self, peer: int, error: OSError) -> CommunicationError:
+        mine = self.names[self.rank]
+        self._broken = failure(f"rank {mine} cannot read what rank {self.names[peer]} shares with it", error)
         return self._broken
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from deepspeed.comm.calls import guarded
 from deepspeed.comm.links import Links
-from deepspeed.comm.rooms import SWITCH
+from deepspeed.comm.rooms import SEGMENT, SWITCH, new_memory
 
 OFF = ("0", "false", "off", "no")
 PATIENCE = 60.0  # seconds for all ranks of a group to connect
@@ -107,10 +107,10 @@ def _listen(size: int) -> socket.socket | None:
     if os.environ.get(SWITCH, "1").lower() in OFF or not sys.platform.startswith("linux"):
         return None
     try:
-        os.close(os.memfd_create("deepspeed", os.MFD_CLOEXEC))
-    except (AttributeError, OSError):  # musl before 3.10's; a sandbox
+        os.close(new_memory("deepspeed", SEGMENT))
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except (AttributeError, OSError):  # musl before 3.10's; a sandbox; a limit on files
         return None
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.settimeout(PATIENCE)
     try:
         listener.bind(f"\0deepspeed-{uuid.uuid4().hex}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import weakref
@@ -12,10 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspeed.errors import CommunicationError
+
 SWITCH = "DEEPSPEED_SHARED_MEMORY"
 """Environment variable; ``0`` (or ``off``, ``no``, ``false``) on any rank leaves all traffic on the CPU to gloo."""
 
 PAGE = mmap.PAGESIZE
+SEGMENT = 2**28
+"""Bytes of an arena that are mapped at a time; what nobody has written to takes no memory."""
+
+WAY_OUT = {
+    errno.EMFILE: "allow it more open files (ulimit -n)",
+    errno.ETOOMANYREFS: "allow it more open files (ulimit -n)",
+    errno.EFBIG: "allow it larger files (ulimit -f)",
+    errno.ENOMEM: "allow it more memory (ulimit -v), or give it more",
+}
+
+
+def failure(what: str, error: OSError) -> CommunicationError:
+    """Put an error of the system into a sentence: what a process could not do, why, the way out."""
+    way_out = WAY_OUT.get(error.errno or 0, "give it more memory")
+    return CommunicationError(
+        f"{what}: {error.strerror or error}; {way_out}, or set {SWITCH}=0 to leave all to gloo"
+    )
 
 
 class Room:
@@ -37,12 +57,22 @@ class Room:
         _libc().madvise(self._mapping, ctypes.c_size_t(self.nbytes), mmap.MADV_DONTNEED)
 
 
+def new_memory(name: str, nbytes: int) -> int:
+    """Make anonymous memory that others can map; return its file descriptor."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, nbytes)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def new_room(nbytes: int, index: int) -> tuple[Room, int]:
     """Make a room of this many bytes or more; return the file descriptor that others map it by, too."""
     size = max(PAGE, 1 << (nbytes - 1).bit_length())
-    descriptor = os.memfd_create("deepspeed", os.MFD_CLOEXEC)
+    descriptor = new_memory("deepspeed", size)
     try:
-        os.ftruncate(descriptor, size)
         return Room(descriptor, size, index), descriptor
     except OSError:
         os.close(descriptor)

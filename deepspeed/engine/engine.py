@@ -25,6 +25,7 @@ from deepspeed.common.timers import ThroughputTimer
 from deepspeed.common.untraced import untraced
 from deepspeed.engine.accessors import EngineAccessors
 from deepspeed.engine.checkpointing import Checkpointing
+from deepspeed.engine.compiled import CompiledForward
 from deepspeed.engine.feature import Feature
 from deepspeed.engine.features.metrics import Throughput
 from deepspeed.engine.inputs import InputRules
@@ -353,7 +354,7 @@ class DeepSpeedEngine(Checkpointing, WeightSaving, MemoryControl, EngineAccessor
             self.module.compile(*args, **options)
             return
         for block in self._gatherer.let_compile():
-            block.forward = torch.compile(block.forward, *args, **options)
+            block.forward = CompiledForward(block, *args, **options)
         self._compiled_blocks = True
 
     @property

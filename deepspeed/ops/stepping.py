@@ -23,6 +23,10 @@ _OF_TORCH = {  # see note [Without the compiler's import]
 }
 
 
+UNKNOWN = ("amsgrad", "maximize")
+"""Options of torch's optimizers, found in the states of these, that would change what a step does."""
+
+
 class LeafOptimizer(torch.optim.Optimizer):
     """An optimizer whose whole work is `update_leaf`; ``step`` applies it to parameters with a gradient.
 
@@ -96,21 +100,44 @@ class LeafOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; the state keeps the dtype this optimizer keeps it in."""
-        untraced()(_OF_TORCH["load_state_dict"], self, state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        given: dict[str, Any] = {}  # what hooks of the user have made of it
+        hooks = (
+            self.register_load_state_dict_pre_hook(lambda _, final: given.update(final)),
+            self.register_load_state_dict_post_hook(lambda _: self._take_states(given), prepend=True),
+        )
+        try:
+            untraced()(_OF_TORCH["load_state_dict"], self, state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _take_states(self, given: dict[str, Any]) -> None:
+        """Set the states anew: torch casts to the dtype of the parameter, and leaves step counts where they were."""
+        saved = [index for group in given["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for index, param in zip(saved, params, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                # torch casts to the dtype of the parameter, and leaves the step count where it was saved
-                self.state[param][name] = torch.as_tensor(value).to(
-                    device=param.device,
-                    dtype=torch.float32 if name == "step" else self.dtype_of_state(param),
-                    copy=True,
-                    memory_format=torch.contiguous_format,
-                )
+            for name, value in given["state"].get(index, {}).items():
+                if isinstance(value, (Tensor, int, float)):
+                    self.state[param][name] = torch.as_tensor(value).to(
+                        device=param.device,
+                        dtype=torch.float32 if name == "step" else self.dtype_of_state(param),
+                        copy=True,
+                        memory_format=torch.contiguous_format,
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "state_dtype": self.state_dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name in UNKNOWN:
+            if any(group.get(name) for group in state["param_groups"]):
+                raise UsageError(
+                    f"{name}: expected False in the state to load, got True; {type(self).__name__} does without"
+                )
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():  # what the optimizer that saved it does not know
+                group.setdefault(name, value)
 
     def _state_of(self, leaf: Tensor, **starts: float) -> dict[str, Any]:
         """Return the state of `leaf`; a new one has its step count, and contiguous tensors filled with `starts`."""

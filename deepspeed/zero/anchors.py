@@ -4,12 +4,14 @@ Note [Blocks in graphs]
 torch.compile makes one graph of all blocks that are alike, unless they differ in their hooks' numbers, of which it
 guards each. From the first time on that it traces a hook, hooks are therefore only on modules that bring units in for
 what lies inside them, and those hooks end a graph (untraced.py). A part of a block that is called by itself is then
-gathered on demand.
+gathered on demand, for each of its operations where no other forward is running.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -20,6 +22,8 @@ from deepspeed.zero import external
 from deepspeed.zero.unit import Unit
 
 Anchors = dict[nn.Module, list[Unit]]
+CALL = nn.Module._call_impl.__code__
+"""What runs a module's hooks and its forward."""
 
 
 def anchors_of(module: nn.Module, units: Iterable[Unit]) -> Anchors:
@@ -92,6 +96,16 @@ def put_hooks(
         handles.append(part.register_forward_pre_hook(enter(gatherer, anchors[part]), prepend=True))
         handles.append(part.register_forward_hook(leave(gatherer), always_call=True))
     return handles
+
+
+def running_anchor(anchors: Anchors) -> nn.Module | None:
+    """Return the innermost of these modules whose forward the caller is in."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CALL and frame.f_locals["self"] in anchors:
+            return frame.f_locals["self"]  # type: ignore[no-any-return]
+        frame = frame.f_back
+    return None
 
 
 def remove_hooks(handles: list[RemovableHandle]) -> None:

@@ -30,8 +30,8 @@ the forward that called the module lasts; what the outermost forward returns is 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,7 @@ from deepspeed.common.logging import warn_once
 from deepspeed.common.nested import tensors_in
 from deepspeed.errors import OffloadError, UsageError
 from deepspeed.zero import external, released
-from deepspeed.zero.anchors import anchors_of, outermost, put_hooks, remove_hooks
+from deepspeed.zero.anchors import anchors_of, outermost, put_hooks, remove_hooks, running_anchor
 from deepspeed.zero.meter import GatherMeter
 from deepspeed.zero.order import UseOrder
 from deepspeed.zero.slot import Slot, is_zero_param, slot_of
@@ -182,7 +182,9 @@ class Gatherer:
 
     def leave(self, module: nn.Module, output: Any = None) -> Any:
         """A module has ended its forward, by an exception perhaps; return what replaces its output, or None."""
-        lent = self._lent_in(output)
+        lent = {self._unit_of_view(tensor) for tensor in tensors_in(output)} - {
+            None
+        }  # note [Views in outputs]
         while any(frame.module is module for frame in self._frames):
             frame = self._frames.pop()
             if frame.hooks is not None:
@@ -204,11 +206,6 @@ class Gatherer:
         if not self._training:
             self.release_all()
         return output if lent else None
-
-    def _lent_in(self, output: Any) -> set[Unit]:
-        """See note [Views in outputs]."""
-        units = (self._unit_of_view(tensor) for tensor in tensors_in(output))
-        return {unit for unit in units if unit is not None}
 
     def _unit_of_view(self, tensor: Tensor) -> Unit | None:
         if isinstance(tensor, nn.Parameter) or tensor.layout != torch.strided:
@@ -246,8 +243,20 @@ class Gatherer:
         elif self._frames:
             self._use(unit, self._frames[-1])
         else:
-            return None
+            part = running_anchor(self._anchors)
+            return None if part is None else self._forward_of(part, unit)
         return nullcontext()
+
+    @contextmanager
+    def _forward_of(self, part: nn.Module, unit: Unit) -> Iterator[None]:
+        """Make an operation a forward of its own: that of its module has no hooks (note [Blocks in graphs])."""
+        self.enter(part, (unit,))
+        unit.lend = lambda _, result: tree_map_only(Tensor, self._copy_of_view, result)
+        try:
+            yield
+        finally:
+            unit.lend = None
+            self.leave(part)
 
     # -- backward ---------------------------------------------------------------------------------
 

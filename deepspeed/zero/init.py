@@ -184,12 +184,13 @@ class Construction:
             unit.demand = refuse
             unit.lend = None
 
-    def _lend(self, unit: Unit) -> None:
-        """Keep a unit whole for a view of it."""
+    def _lend(self, unit: Unit, view: Any) -> Any:
+        """Keep a unit whole for a view of it, which may be written to later."""
         self._take_back(LENT - 1)
         context = _first_rank_decides(unit)
         self._lent.append(context)
         context.__enter__()
+        return view
 
     def _take_back(self, keep: int = 0, kind: Any = None, *error: Any) -> None:
         """Release units whose views have been written to, all but the latest."""

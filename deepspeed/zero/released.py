@@ -305,10 +305,10 @@ class _all_whole:
 
 
 def _lent(result: Any, units: list[Unit]) -> Any:
-    """Return the result of an operation, having told the units that it is a view of."""
+    """Return the result of an operation, or what units that it is a view of make of it."""
     for unit in units:
         if unit.lend is not None and any(_is_view(one, unit) for one in tensors_in(result)):
-            unit.lend(unit)
+            result = unit.lend(unit, result)
     return result
 
 

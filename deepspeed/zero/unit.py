@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -86,7 +86,7 @@ class Unit:
         visit_master: yields a range (start, stop) of the master in parts that are in memory; with `changed`, what
             is written to them is kept. The optimizer answers once it has taken the master over.
         demand: asked when a released parameter is used; gives a context in which it is whole, or None.
-        lend: told when what such a use gives is a view of the unit, which may be written to later.
+        lend: given the result of such a use that is a view of the unit; returns what is given instead.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Unit:
         self.is_whole = self.is_open = True
         self.first_id = _numbers(len(named))
         self.demand: Demand = refuse
-        self.lend: Callable[[Unit], None] | None = None
+        self.lend: Callable[[Unit, Any], Any] | None = None
         self.may_resize = False
         self.trained = trained
         self._work: list[Waitable] = []

@@ -25,6 +25,10 @@ REFUSED = (
         ["--out", "/etc/passwd"],
         "--out: expected a folder to write to, got '/etc/passwd'",
     ),
+    ("comparison_options", ["--out", "/proc/x"], "--out: expected a folder to write to, got '/proc/x'"),
+    ("comparison_options", ["--name", ".."], "--name: expected a name without a folder, got '..'; --out"),
+    ("comparison_options", ["--rows", "ours:2,ddpp"], "--rows: row: expected one of ours:STAGE"),
+    ("gpu", ["--rows", "ours:2,ours:7"], "--rows: row: expected ours:STAGE[:host][+compile] or original"),
     ("adam_step", ["--out", "/etc/passwd/x"], "--out: expected a folder to write to, got '/etc/passwd/x'"),
     ("suite", ["--index", "--out", "/nowhere"], "--out: expected the folder of the results, got /nowhere"),
     ("suite", ["--only", "step_bf61"], "--only: expected some of step_bf16, step_fp32"),
@@ -53,6 +57,7 @@ def test_lists_are_in_order_and_name_each_once(load: Load) -> None:
     given = load("scaling").parse(["--ranks", "64,8,64", "--stages", "3,1", "--models", "70B,7B,70B"])
 
     assert (given.ranks, given.stages, given.models) == ([8, 64], [1, 3], ["70B", "7B"])
+    assert load("comparison_options").parse(["--rows", "ours:2,ddp,ours:2"]).rows == ("ours:2", "ddp")
 
 
 def test_the_python_of_an_environment_stays_the_one_that_was_named(

@@ -191,10 +191,11 @@ def test_the_overview_has_a_line_for_every_stage_made_from_the_figures(
     assert "checkpoints" in page.splitlines()[-1]
 
 
-def test_a_damaged_file_of_figures_is_named(load: Load, tmp_path: Path) -> None:
-    (tmp_path / "adam_step.json").write_text("{bad")
+@pytest.mark.parametrize("content", [b"{bad", b"[1]", b"\xff\xfe\x00"])
+def test_a_damaged_file_of_figures_is_named(load: Load, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "adam_step.json").write_bytes(content)
 
-    with pytest.raises(SystemExit, match=r"adam_step\.json: expected JSON, but .* measure anew"):
+    with pytest.raises(SystemExit, match=r"adam_step\.json: expected a JSON object, but .* measure anew"):
         load("comparison_index").write_index(tmp_path)
 
 

@@ -18,6 +18,7 @@ from harness import on_ranks
 
 from deepspeed import comm
 from deepspeed.comm import exchanges, rooms, shared
+from deepspeed.comm.arena import arena_of
 from deepspeed.comm.links import Links
 from deepspeed.comm.neighbours import links_of
 from deepspeed.comm.outbox import flush_all
@@ -322,16 +323,49 @@ def test_messages_that_grow_share_few_rooms_and_no_descriptors():
     assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
-@on_ranks(2)
-def test_memory_that_cannot_be_had_is_an_error_that_says_so(monkeypatch):
-    def refuse(*args):
-        raise OSError(errno.EMFILE, "Too many open files")
+LIMITS = [(errno.EMFILE, "ulimit -n"), (errno.EFBIG, "ulimit -f"), (errno.ENOMEM, "ulimit -v")]
 
-    monkeypatch.setattr(os, "memfd_create", refuse)
-    with pytest.raises(
-        CommunicationError, match="Too many open files; wait for some, or set DEEPSPEED_SHARED"
-    ):
-        links_of(None).room(2**30)
+
+@pytest.mark.parametrize(("number", "limit"), LIMITS, ids=lambda value: str(value))
+@on_ranks(2)
+def test_memory_that_cannot_be_had_is_an_error_that_names_the_limit(monkeypatch, number, limit):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    arena = arena_of(None)
+    links = links_of(None)
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    with pytest.raises(CommunicationError, match=f"cannot share {2**30} bytes more, .*{limit}.*{SWITCH}=0"):
+        links.room(2**30)
+    with pytest.raises(CommunicationError, match=f"cannot map .* bytes .*{limit}.*{SWITCH}=0"):
+        arena.block(1)
+    with pytest.raises(CommunicationError, match=f"cannot make memory .*{limit}.*{SWITCH}=0"):
+        arena_of(None)
+
+
+def test_a_descriptor_that_cannot_be_sent_is_an_error_that_names_the_limit(monkeypatch, linked_pair):
+    def refuse(*args):
+        raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+
+    ours, _ = linked_pair
+    monkeypatch.setattr(socket, "send_fds", refuse)
+    with pytest.raises(CommunicationError, match=r"rank 0 cannot share memory with rank 1: .*ulimit -n"):
+        ours.announce(ours.room(8), b"sum")
+
+
+@on_ranks(2)
+def test_a_rank_that_may_make_no_large_files_leaves_all_to_gloo(monkeypatch):
+    def refuse(descriptor, length):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    if dist.get_rank() == 1:
+        monkeypatch.setattr(os, "ftruncate", refuse)
+    group = dist.new_group()
+    tensor = torch.ones(3)
+    comm.all_reduce(tensor, group=group)
+    assert tensor.eq(2).all()
+    assert links_of(group) is None
+    dist.destroy_process_group(group)
 
 
 @pytest.fixture

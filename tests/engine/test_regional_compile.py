@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -9,8 +11,12 @@ import torch
 import torch._dynamo
 from harness import run_on_ranks
 from torch._dynamo.utils import counters
-from toys import toy_loss
+from toys import make_toy, toy_batch, toy_loss
 from training import STEPS, assert_equal_training, config_for, train_both
+
+import deepspeed
+from deepspeed.zero import GatheredParameters
+from deepspeed.zero.released import ZeroParamStatus
 
 BACKEND = "aot_eager"
 DEEP = 12
@@ -83,7 +89,7 @@ def look(model, batch):
     model.train()
 
 
-def compiled_parity(stage, way, model, gas, update, *, looks_between=False):
+def compiled_parity(stage, way, model, gas, update, *, looks_between=False, loss_of=toy_loss):
     torch._dynamo.reset()
     counters.clear()
     # torch hides its own, but not where they are errors
@@ -95,7 +101,7 @@ def compiled_parity(stage, way, model, gas, update, *, looks_between=False):
             compiled.append(AFTER[way](engine) if way in AFTER else engine)
         losses = []
         for batch in batches:
-            losses.append(toy_loss(compiled[0], batch))
+            losses.append(loss_of(compiled[0], batch))
             update(engine, losses[-1])
             if looks_between:
                 look(compiled[0], batch)
@@ -103,7 +109,7 @@ def compiled_parity(stage, way, model, gas, update, *, looks_between=False):
         return [loss.detach() for loss in losses]
 
     config = config_for(stage, "fp32", gas, 0.5)
-    engine, plain = train_both(config, model=model, drive=drive, prepare=BEFORE.get(way))
+    engine, plain = train_both(config, model=model, drive=drive, prepare=BEFORE.get(way), loss_of=loss_of)
     assert_equal_training(engine, plain, 2e-6)
     assert len(graphs) == STEPS
     assert graphs[0] > 0
@@ -143,6 +149,72 @@ def reaching_parity(way):
 @pytest.mark.parametrize("way", [*AFTER, *BEFORE])
 def test_a_model_that_reaches_into_its_blocks_is_compiled_a_few_times_only(way):
     run_on_ranks(2, reaching_parity, way)
+
+
+def loss_with_parts_by_themselves(model, batch):
+    toy = getattr(model, "module", model)
+    hidden = toy.blocks[0][1](toy.embed(batch[0]))
+    return toy_loss(model, batch) + hidden.square().mean()
+
+
+def parts_parity(way):
+    compiled_parity(3, way, {"tied": True}, 2, backward_and_step, loss_of=loss_with_parts_by_themselves)
+
+
+@pytest.mark.parametrize("way", [*AFTER, *BEFORE])
+def test_parts_of_a_compiled_model_train_by_themselves(way):
+    run_on_ranks(2, parts_parity, way)
+
+
+class Turned(torch.nn.Linear):
+    """A layer that computes with a view of its weight."""
+
+    def forward(self, hidden):
+        return hidden @ self.weight.t()
+
+
+def views_of_parts():
+    net = torch.nn.Sequential(torch.nn.Sequential(Turned(4, 4), torch.nn.GELU(), torch.nn.Linear(4, 2)))
+    config = config_for(3, "fp32", 1, 0)
+    engine, *_ = deepspeed.initialize(model=net, config=config)
+    engine.compile(backend=BACKEND)
+    layer = engine.module[0][0]
+    with GatheredParameters(layer.weight):
+        weight = layer.weight.detach().clone()
+    hidden = torch.arange(8.0).view(2, 4)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(layer(hidden), hidden @ weight.t())
+    assert layer.weight.ds_status is ZeroParamStatus.NOT_AVAILABLE
+    engine.destroy()
+
+
+def test_a_part_of_a_compiled_model_may_compute_with_views_of_its_weights():
+    run_on_ranks(2, views_of_parts)
+
+
+def copies_compute_by_themselves(make_copy):
+    engine, *_ = deepspeed.initialize(model=make_toy(), config=config_for(3, "fp32", 1, 0))
+    engine.compile(backend=BACKEND)
+    batch = toy_batch(0, 0, 0)
+    backward_and_step(engine, toy_loss(engine, batch))
+    with GatheredParameters(list(engine.module.parameters())):
+        copied = make_copy(engine.module)
+    with torch.no_grad():
+        assert torch.equal(toy_loss(copied, batch), toy_loss(engine, batch))
+        for param in copied.parameters():
+            param.zero_()
+        assert not copied(batch[0]).any()
+    engine.destroy()
+
+
+def pickled(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, pickled])
+def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(make_copy):
+    run_on_ranks(2, copies_compute_by_themselves, make_copy)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

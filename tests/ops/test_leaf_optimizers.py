@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deepspeed.errors import ConfigError
+from deepspeed.errors import ConfigError, UsageError
 from deepspeed.ops import pieces as cutting
 from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
@@ -204,6 +204,55 @@ def test_low_precision_parameters_keep_fp32_state_through_saving(name):
         assert torch.equal(loaded.state[other][key], value)
         assert loaded.state[other][key].dtype == torch.float32
         assert loaded.state[other][key] is not value
+
+
+@pytest.mark.parametrize("cls", [FusedAdam, DeepSpeedCPUAdam])
+def test_states_of_torchs_optimizer_continue(cls):
+    options = {"lr": 0.1, "weight_decay": 0.2}
+    theirs = torch.nn.Parameter(start((5, 6)))
+    torchs = torch.optim.AdamW([theirs], **options)
+    run(torchs, theirs, gradients((5, 6)))
+    ours = torch.nn.Parameter(theirs.detach().clone())
+    optimizer = cls([ours], **options)
+    optimizer.load_state_dict(torchs.state_dict())
+    run(torchs, theirs, gradients((5, 6)))
+    run(optimizer, ours, gradients((5, 6)))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_states_of_a_step_that_is_another_are_refused(option):
+    param = torch.nn.Parameter(start((5, 6)))
+    torchs = torch.optim.AdamW([param], **{option: True})
+    optimizer = FusedAdam([param])
+    with pytest.raises(
+        UsageError, match=f"{option}: expected False in the state to load, got True; FusedAdam"
+    ):
+        optimizer.load_state_dict(torchs.state_dict())
+    assert not optimizer.param_groups[0].get(option)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_hooks_of_the_user_have_the_last_word_on_a_loaded_state(name):
+    param = torch.nn.Parameter(start((5, 6)))
+    optimizer = MAKE[name]([param])
+    run(optimizer, param, gradients((5, 6)))
+    saved = {"inner": copy.deepcopy(optimizer.state_dict())}
+    key = next(key for key, value in optimizer.state[param].items() if value.dim())
+
+    def unwrap(_, given):
+        state = given["inner"]["state"]
+        return {**given["inner"], "state": {0: {**state[0], key: state[0][key] * 0 + 7, "note": "kept"}}}
+
+    def add_one(given):
+        given.state[param][key] += 1
+
+    optimizer.register_load_state_dict_pre_hook(unwrap)
+    optimizer.register_load_state_dict_post_hook(add_one)
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[param][key].eq(8).all()
+    assert "note" in optimizer.state[param]
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
 
 
 def test_a_loaded_state_lies_beside_its_parameter():
