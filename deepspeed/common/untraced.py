@@ -23,8 +23,12 @@ def untraced() -> Callable[..., Any]:
     Two steps, because torch compiles each Python frame that it meets: a frame of ours that passed on any
     arguments would be compiled anew for each kind of them.
     """
-    may_trace = torch.compiler.is_compiling() or "torch._dynamo" in sys.modules
-    return _call_outside_of_graphs if may_trace else _call
+    return _call_outside_of_graphs if may_be_traced() else _call
+
+
+def may_be_traced() -> bool:
+    """Whether torch may trace what this process runs; see note [Compiled from outside]."""
+    return torch.compiler.is_compiling() or "torch._dynamo" in sys.modules
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:

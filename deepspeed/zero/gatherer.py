@@ -44,6 +44,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deepspeed.common.logging import warn_once
 from deepspeed.common.nested import tensors_in
+from deepspeed.common.untraced import may_be_traced
 from deepspeed.errors import OffloadError, UsageError
 from deepspeed.zero import external, released
 from deepspeed.zero.anchors import anchors_of, outermost, put_hooks, remove_hooks, running_anchor
@@ -287,7 +288,7 @@ class Gatherer:
                 return unpack_below(packed)  # type: ignore[no-any-return]
             return as_asked_for(packed, packed.ds_slot) if is_zero_param(packed) else packed
 
-        if self._in_graphs:
+        if may_be_traced():
             pack, unpack = torch.compiler.disable(pack), torch.compiler.disable(unpack)
         pack.gatherer = self  # type: ignore[attr-defined]
         return saved_tensors_hooks(pack, unpack)

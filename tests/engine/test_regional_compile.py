@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import sys
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -89,6 +92,18 @@ def look(model, batch):
     model.train()
 
 
+@contextmanager
+def nothing_unraisable():
+    """Fail if Python meets an error that it can only print, in ``__del__`` say."""
+    met = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", met.append)
+        yield
+        gc.collect()
+    assert not met
+
+
+@nothing_unraisable()
 def compiled_parity(stage, way, model, gas, update, *, looks_between=False, loss_of=toy_loss):
     torch._dynamo.reset()
     counters.clear()
