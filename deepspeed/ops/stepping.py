@@ -132,7 +132,8 @@ class LeafOptimizer(torch.optim.Optimizer):
         for name in UNKNOWN:
             if any(group.get(name) for group in state["param_groups"]):
                 raise UsageError(
-                    f"{name}: expected False in the state to load, got True; {type(self).__name__} does without"
+                    f"{name}: expected False in the state to load, got True, which {type(self).__name__} cannot do; "
+                    "load it into the optimizer of torch that saved it"
                 )
         super().__setstate__(state)
         for group in self.param_groups:

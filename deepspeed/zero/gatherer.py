@@ -183,9 +183,8 @@ class Gatherer:
 
     def leave(self, module: nn.Module, output: Any = None) -> Any:
         """A module has ended its forward, by an exception perhaps; return what replaces its output, or None."""
-        lent = {self._unit_of_view(tensor) for tensor in tensors_in(output)} - {
-            None
-        }  # note [Views in outputs]
+        views = (self._unit_of_view(tensor) for tensor in tensors_in(output))  # see note [Views in outputs]
+        lent = {unit for unit in views if unit is not None}
         while any(frame.module is module for frame in self._frames):
             frame = self._frames.pop()
             if frame.hooks is not None:

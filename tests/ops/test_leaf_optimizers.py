@@ -226,7 +226,7 @@ def test_states_of_a_step_that_is_another_are_refused(option):
     torchs = torch.optim.AdamW([param], **{option: True})
     optimizer = FusedAdam([param])
     with pytest.raises(
-        UsageError, match=f"{option}: expected False in the state to load, got True; FusedAdam"
+        UsageError, match=f"{option}: expected False in the state to load, got True, which FusedAdam"
     ):
         optimizer.load_state_dict(torchs.state_dict())
     assert not optimizer.param_groups[0].get(option)
